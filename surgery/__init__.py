@@ -1,0 +1,50 @@
+"""Surgery: post-hoc surgery on model checkpoints.
+
+    from surgery import open_checkpoint, lines, grow, verify, write
+
+A checkpoint is opened, not loaded; an operation turns lazy tensors into lazy tensors; nothing is
+computed until the verifier or the writer asks, a slice at a time.
+"""
+
+from surgery.checkpoint import Checkpoint, Edit, TaskVector, open_checkpoint
+from surgery.errors import (
+    ArgumentError,
+    FormatError,
+    InputError,
+    MismatchError,
+    NotFoundError,
+    OutputError,
+    SurgeryError,
+    UnsupportedError,
+    VerificationError,
+)
+from surgery.operations.grow import grow
+from surgery.operations.lines import lines
+from surgery.tensor import LazyTensor
+from surgery.verification import Verification, verify
+from surgery.writing import Plan, Written, plan, write
+
+__all__ = [
+    "ArgumentError",
+    "Checkpoint",
+    "Edit",
+    "FormatError",
+    "InputError",
+    "LazyTensor",
+    "MismatchError",
+    "NotFoundError",
+    "OutputError",
+    "Plan",
+    "SurgeryError",
+    "TaskVector",
+    "UnsupportedError",
+    "Verification",
+    "VerificationError",
+    "Written",
+    "grow",
+    "lines",
+    "open_checkpoint",
+    "plan",
+    "verify",
+    "write",
+]

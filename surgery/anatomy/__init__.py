@@ -1,0 +1,11 @@
+"""Anatomy: what each tensor of a checkpoint is, inferred from names, shapes and the config.
+
+It only annotates: the files say which tensors there are, and one that isn't recognised is
+reported and copied byte for byte.
+"""
+
+from surgery.anatomy.infer import Anatomy, infer
+from surgery.anatomy.mlp import MLP, Projection
+from surgery.anatomy.places import Place, Role
+
+__all__ = ["MLP", "Anatomy", "Place", "Projection", "Role", "infer"]

@@ -1,0 +1,158 @@
+"""Anatomy: the places of all tensors and the MLP of every block, put together from one look."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy.mlp import MLP, find_mlp, follows_width
+from surgery.anatomy.places import Place, Role, find_places
+from surgery.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    from surgery.checkpoint import Checkpoint
+
+DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "model_dim")
+HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
+WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim")
+WIDTHS_KEY = "mlp_widths"
+"""Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """What the tensors of a checkpoint are.
+
+    `stacks` maps the prefix of each list of blocks to its length L. `mlps` are those that were
+    understood; `no_growth` says, for a (stack, block) whose MLP can't be grown, why.
+    """
+
+    places: Mapping[str, Place]
+    stacks: Mapping[str, int]
+    mlps: Mapping[tuple[str, int], MLP]
+    no_growth: Mapping[tuple[str, int], str]
+    embedding: str | None
+    head: str | None
+    tied: bool
+    """Whether the head is the embedding: the config says so, or there is no head of its own."""
+    notes: tuple[str, ...]
+
+    @property
+    def unrecognised(self) -> list[str]:
+        return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]
+
+
+def infer(checkpoint: Checkpoint) -> Anatomy:
+    """The anatomy of a checkpoint, from headers and config alone."""
+    config = text_config(checkpoint.config)
+    places, stacks = find_places(checkpoint.tensors, first(config, DEPTH_KEYS))
+    embedding = _embedding(checkpoint.tensors, places)
+    hidden = first(config, HIDDEN_KEYS)
+    if hidden is None and embedding is not None:
+        hidden = checkpoint[embedding].shape[-1]
+    mlps, no_growth = _mlps(checkpoint, places, hidden, _widths(config))
+    for mlp in mlps.values():
+        for name in (*mlp.tensors, mlp.down.bias):
+            if name is not None:
+                place = places[name]
+                places[name] = Place(Role.MLP, place.inner, place.stack, place.block)
+    head = _head(checkpoint.tensors, places, embedding)
+    tied, notes = _tying(checkpoint, embedding, head)
+    return Anatomy(places, stacks, mlps, no_growth, embedding, head, tied, notes)
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of the config that describes the language model, where it is nested."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
+
+
+def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
+    """The first of `keys` that holds a whole number."""
+    for key in keys:
+        if type(value := config.get(key)) is int:
+            return value
+    return None
+
+
+def _widths(config: Mapping[str, Any]) -> set[int]:
+    widths = {config[key] for key in WIDTH_KEYS if type(config.get(key)) is int}
+    per_layer = config.get(WIDTHS_KEY)
+    return widths | (set(per_layer) if isinstance(per_layer, list) else set())
+
+
+def _mlps(
+    checkpoint: Checkpoint, places: Mapping[str, Place], hidden: int | None, widths: set[int]
+) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
+    blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
+    mixtures: set[tuple[str, int]] = set()
+    for name, place in places.items():
+        if place.stack is None or place.block is None:
+            continue
+        if place.role in (Role.UNKNOWN, Role.NORM):
+            blocks[place.stack, place.block][name] = checkpoint[name]
+        elif place.role in (Role.EXPERT, Role.ROUTER):
+            mixtures.add((place.stack, place.block))
+    mlps: dict[tuple[str, int], MLP] = {}
+    no_growth: dict[tuple[str, int], str] = {}
+    for key, tensors in blocks.items():
+        if hidden is None:
+            no_growth[key] = "the hidden size is unknown: there is no config and no embedding"
+            continue
+        mlp = find_mlp(*key, tensors, hidden, widths)
+        if isinstance(mlp, str):
+            no_growth[key] = mlp
+        elif mlp is not None:
+            mlps[key] = mlp
+            if others := follows_width(mlp, tensors):
+                no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+    for key in mixtures:
+        no_growth[key] = "it is a mixture of experts, whose growth isn't there yet"
+    return mlps, no_growth
+
+
+def _embedding(tensors: Mapping[str, LazyTensor], places: Mapping[str, Place]) -> str | None:
+    """The matrix of token embeddings: of those that aren't positions or types, the largest."""
+    found = [
+        name
+        for name, place in places.items()
+        if place.role is Role.EMBEDDING
+        and len(tensors[name].shape) == 2
+        and not re.search(r"pos|wpe|type", name)
+    ]
+    return max(found, key=lambda name: tensors[name].shape[0], default=None)
+
+
+def _head(
+    tensors: Mapping[str, LazyTensor], places: Mapping[str, Place], embedding: str | None
+) -> str | None:
+    """The matrix that leads from hidden states to tokens: a head of the embedding's shape."""
+    for name, place in places.items():
+        if (
+            place.role is Role.HEAD
+            and embedding
+            and tensors[name].shape == tensors[embedding].shape
+        ):
+            return name
+    return None
+
+
+def _tying(
+    checkpoint: Checkpoint, embedding: str | None, head: str | None
+) -> tuple[bool, tuple[str, ...]]:
+    """Whether head and embedding are one, and what is odd about what config and files say."""
+    says = checkpoint.config.get(
+        "tie_word_embeddings", text_config(checkpoint.config).get("tie_word_embeddings")
+    )
+    classes = checkpoint.config.get("architectures") or [""]
+    with_head = any(word in str(classes[0]) for word in ("ForCausalLM", "LMHead", "MaskedLM"))
+    if says is False and head is None and with_head and embedding is not None:
+        note = "tie_word_embeddings is false, and no head is stored: it is taken to be tied to"
+        return True, (f"{note} {embedding}",)
+    if says is True and head is not None:
+        return True, (f"tie_word_embeddings is true, and {head} is stored all the same",)
+    return bool(says) or (head is None and with_head), ()

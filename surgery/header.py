@@ -1,0 +1,139 @@
+"""The header of a safetensors file: read, and checked against everything that can be wrong.
+
+The format: 8 bytes of little-endian header length, a JSON object of name -> {dtype, shape,
+data_offsets}, then the tensors' bytes, which the offsets cover from 0 to the end of the file
+without gap or overlap. https://github.com/huggingface/safetensors
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from surgery.dtypes import DTYPES, DType
+from surgery.errors import FormatError, InputError, NotFoundError
+
+LENGTH_BYTES = 8
+LONGEST = 100_000_000  # bytes of JSON: the limit of the reference reader
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a file: its bytes are `start` to `stop` of the file."""
+
+    dtype: DType
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says it holds, in the order of its bytes."""
+
+    entries: Mapping[str, Entry]
+    metadata: Mapping[str, str]
+
+
+def read_header(path: Path) -> Header:
+    """The checked header of the file at `path`. Raises FormatError with all that is wrong."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, 2)
+            file.seek(0)
+            length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+            if size < LENGTH_BYTES or not 0 < length <= min(LONGEST, size - LENGTH_BYTES):
+                raise FormatError(
+                    f"{path} isn't a safetensors file, or it was cut short: it has {size:,} bytes "
+                    f"and asks for a header of {length:,}"
+                )
+            raw = file.read(length)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{path}: no such file") from error
+    except OSError as error:
+        raise InputError(f"{path} can't be read: {error.strerror}") from error
+    return parse_header(raw, size, str(path))
+
+
+def parse_header(raw: bytes, size: int, where: str) -> Header:
+    """The header from its JSON bytes, checked against the `size` of the file, in bytes."""
+    table = _json(raw, where)
+    metadata = table.pop("__metadata__", {})
+    problems: list[str] = []
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        problems.append(f"{where}: __metadata__ isn't a table of strings")
+    data = LENGTH_BYTES + len(raw)
+    entries: list[tuple[str, Entry]] = []
+    for name, value in table.items():
+        entry = _entry(name, value, data)
+        if isinstance(entry, str):
+            problems.append(f"{where}: {entry}")
+        else:
+            entries.append((name, entry))
+    FormatError.raise_if(problems)
+    entries.sort(key=lambda item: (item[1].start, item[1].stop))
+    end = data
+    for name, entry in entries:
+        if entry.start != end:
+            kind = "leaves a gap after" if entry.start > end else "overlaps"
+            problems.append(
+                f"{where}: {name} starts at byte {entry.start - data:,} and {kind} the tensor "
+                f"before it, which ends at {end - data:,}"
+            )
+        end = max(end, entry.stop)
+    if end != size:
+        problems.append(
+            f"{where} has {size:,} bytes and its header describes {end:,}: the file was "
+            + ("cut short" if size < end else "added to")
+            + "; fetch it again"
+        )
+    FormatError.raise_if(problems)
+    return Header(dict(entries), metadata)
+
+
+def _entry(name: str, value: Any, data: int) -> Entry | str:
+    """The entry, or what is wrong with it."""
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        return f"{name} has no dtype, shape and data_offsets"
+    dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
+    if dtype is None:
+        return f"{name} has the type {value['dtype']!r}, which safetensors doesn't know"
+    shape, offsets = value["shape"], value["data_offsets"]
+    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+        return f"{name} has shape {shape!r} and data_offsets {offsets!r}"
+    bits = prod(shape) * dtype.bits
+    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+        return (
+            f"{name} is {dtype} {shape}, which takes {bits / 8:,.0f} bytes, and has "
+            f"{offsets[1] - offsets[0]:,}"
+        )
+    return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        type(size) is int and 0 <= size < 2**63 for size in value
+    )
+
+
+def _json(raw: bytes, where: str) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        table = dict(pairs)
+        if len(table) != len(pairs):
+            counts = Counter(key for key, _ in pairs)
+            twice = sorted(key for key, count in counts.items() if count > 1)[:5]
+            raise FormatError(f"{where}: the header names {', '.join(twice)} twice")
+        return table
+
+    try:
+        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{where}: the header isn't JSON ({error})") from error
+    if not isinstance(table, dict):
+        raise FormatError(f"{where}: the header isn't a table")
+    return table

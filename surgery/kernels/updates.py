@@ -1,0 +1,34 @@
+"""What fine-tuning did, scaled: theta = theta_base + scale * (theta_tuned - theta_base)."""
+
+from __future__ import annotations
+
+import torch
+
+
+def scale_update(
+    base: torch.Tensor,
+    tuned: torch.Tensor,
+    *,
+    scale: float,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """base + scale * tau with tau = tuned - base, in `compute`, rounded once to `dtype`.
+
+    Scale 1 gives the tuned weights and scale 0 the base's, bit for bit; computed, the round trip
+    over tau could miss them. Ilharco et al. (arXiv 2212.04089); the scale is LiNeS's lambda(l)
+    (Wang et al., arXiv 2410.17146, eq. 3).
+    """
+    if scale == 1:
+        return tuned.to(dtype)
+    start = base.to(compute)
+    if scale == 0:
+        return start.to(dtype)
+    update = tuned.to(compute).sub_(start) if tuned.dtype != compute else tuned - start
+    return update.mul_(scale).add_(start).to(dtype)
+
+
+def update_square(base: torch.Tensor, tuned: torch.Tensor, *, compute: torch.dtype) -> float:
+    """||tuned - base||^2 of these rows."""
+    update = tuned.to(compute).sub(base.to(compute)).reshape(-1)
+    return float(torch.dot(update, update))

@@ -1,0 +1,31 @@
+"""Which blocks are meant: "all", or numbers and ranges such as "0,8-15,-1"."""
+
+from __future__ import annotations
+
+import re
+
+from surgery.errors import ArgumentError
+
+_RANGE = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
+
+
+def parse_layers(text: str, depth: int) -> list[int]:
+    """The blocks that `text` names of `depth`, in order. They count from 0, and from -1 back; a
+    range has both its ends. Raises ArgumentError for what isn't there."""
+    if text.strip() == "all":
+        return list(range(depth))
+    chosen: set[int] = set()
+    for item in text.split(","):
+        match = _RANGE.fullmatch(item)
+        if match is None:
+            raise ArgumentError(
+                f"layers: {item.strip()!r} is neither a number nor a range such as 8-15"
+            )
+        ends = [int(end) for end in match.groups() if end is not None]
+        first, last = (end + depth if end < 0 else end for end in (ends[0], ends[-1]))
+        if not 0 <= first <= last < depth:
+            raise ArgumentError(
+                f"layers: {item.strip()} isn't among the {depth} layers, which are 0 to {depth - 1}"
+            )
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)

@@ -1,0 +1,105 @@
+"""LiNeS: scale the update of each block with its depth, so that a fine-tuned model keeps what it
+learnt and remembers what it knew. Wang et al., arXiv 2410.17146."""
+
+from __future__ import annotations
+
+from functools import partial
+from math import isfinite
+from typing import Literal
+
+from surgery.anatomy import Anatomy, Place, Role
+from surgery.checkpoint import Checkpoint, Edit
+from surgery.errors import ArgumentError
+from surgery.operations.pairs import check_pair, check_unquantized, tied_head
+from surgery.tensor import LazyTensor
+
+Outside = Literal["alpha", "depth"]
+
+
+def lines(
+    base: Checkpoint,
+    tuned: Checkpoint,
+    *,
+    alpha: float,
+    beta: float | None = None,
+    outside: Outside = "alpha",
+) -> Checkpoint:
+    """theta = theta_base + lambda(l) * (theta_tuned - theta_base), block by block.
+
+    lambda(l) = alpha + beta * (l - 1) / (L - 1) for block l = 1..L of each stack (eq. 3);
+    `beta` is 1 - alpha unless given, so that the last block keeps its whole update. Tensors
+    outside the blocks get alpha; with `outside="depth"` the final norm and the head get
+    alpha + beta. The result has the dtypes, the config and the companion files of `tuned`.
+
+    Raises ArgumentError, MismatchError or UnsupportedError, before any tensor is read.
+    """
+    beta = 1 - alpha if beta is None else beta
+    ArgumentError.raise_if(
+        f"{name} is {value}, and has to be a finite number"
+        for name, value in (("alpha", alpha), ("beta", beta))
+        if not isfinite(value)
+    )
+    if outside not in ("alpha", "depth"):
+        raise ArgumentError(f"outside is {outside!r}, and has to be 'alpha' or 'depth'")
+    check_unquantized(base=base, tuned=tuned)
+    check_pair(base, tuned)
+    anatomy = tuned.anatomy
+    scales = {
+        name: scale_of(place, anatomy, alpha, beta, outside)
+        for name, place in anatomy.places.items()
+    }
+    if anatomy.tied and anatomy.head is not None and anatomy.embedding is not None:
+        scales[anatomy.head] = scales[anatomy.embedding]  # stored twice, and stays equal
+    starts = dict(base.tensors)
+    if (head := tied_head(tuned, base)) is not None:
+        starts[head] = base[base.anatomy.embedding or ""]
+    tensors = {
+        name: scaled_update(starts[name], tensor, scales[name])
+        for name, tensor in tuned.items()
+        if tensor.dtype.kind == "float" and anatomy.places[name].role is not Role.BUFFER
+    }
+    edit = Edit(
+        "lines",
+        {"alpha": alpha, "beta": beta, "outside": outside},
+        {"base": base.source, "tuned": tuned.source},
+        {
+            "scales": {
+                stack: [depth_scale(block, depth, alpha, beta) for block in range(depth)]
+                for stack, depth in anatomy.stacks.items()
+            },
+            "outside": {
+                name: scales[name]
+                for name, place in anatomy.places.items()
+                if place.stack is None and name in tensors
+            },
+        },
+    )
+    return tuned.edited(edit, tensors)
+
+
+def depth_scale(block: int, depth: int, alpha: float, beta: float) -> float:
+    """lambda for the block counted from 0, of `depth` blocks. One block alone is the last."""
+    return alpha + beta * (block / (depth - 1) if depth > 1 else 1)
+
+
+def scale_of(place: Place, anatomy: Anatomy, alpha: float, beta: float, outside: Outside) -> float:
+    """lambda for a tensor: by its depth in a stack, or by `outside`."""
+    if place.stack is not None and place.block is not None:
+        return depth_scale(place.block, anatomy.stacks[place.stack], alpha, beta)
+    late = place.role in (Role.NORM, Role.HEAD)
+    return alpha + beta if outside == "depth" and late else alpha
+
+
+def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float) -> LazyTensor:
+    """base + scale * (tuned - base), in the dtype of `tuned`."""
+    from surgery.kernels.updates import scale_update, update_square
+
+    wide = tuned if tuned.dtype.bits >= base.dtype.bits else base
+    compute = wide.dtype.compute
+    return LazyTensor(
+        tuned.shape,
+        tuned.dtype,
+        inputs=(base, tuned),
+        kernel=partial(scale_update, scale=scale, compute=compute, dtype=tuned.dtype.torch),
+        tally=partial(update_square, compute=compute),
+    )

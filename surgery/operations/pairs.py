@@ -1,0 +1,65 @@
+"""Two checkpoints that belong together: one was made from the other by training."""
+
+from __future__ import annotations
+
+from surgery.anatomy.infer import text_config
+from surgery.checkpoint import Checkpoint
+from surgery.errors import MismatchError, UnsupportedError
+
+
+def check_unquantized(**models: Checkpoint) -> None:
+    """Raise UnsupportedError for packed weights, of which nothing can be computed."""
+    UnsupportedError.raise_if(
+        f"{model.source.reference} ({role}) is quantized: {kind}; arithmetic on packed weights is "
+        f"meaningless; give the unquantized checkpoint"
+        for role, model in models.items()
+        if (kind := model.quantization) is not None
+    )
+
+
+def check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Raise MismatchError unless both have the same architecture, names and shapes.
+
+    A head that one of them stores and the other ties to its embedding is no difference.
+    """
+    where = f"{base.source.reference} (base) and {tuned.source.reference} (tuned)"
+    problems = []
+    types = [text_config(model.config).get("model_type") for model in (base, tuned)]
+    if None not in types and types[0] != types[1]:
+        problems.append(
+            f"{where} are different architectures: model_type is {types[0]} and {types[1]}"
+        )
+    excused = {tied_head(base, tuned), tied_head(tuned, base)}
+    problems += [
+        f"{name} is in {have.source.reference} and not in {lack.source.reference}"
+        for have, lack in ((base, tuned), (tuned, base))
+        for name in have
+        if name not in lack and name not in excused
+    ]
+    problems += [
+        f"{name} is {list(base[name].shape)} in {base.source.reference} and "
+        f"{list(tuned[name].shape)} in {tuned.source.reference}"
+        + (
+            "; the vocabularies differ: resize the embeddings of one to match the other"
+            if name in (base.anatomy.embedding, base.anatomy.head)
+            else ""
+        )
+        for name in base
+        if name in tuned and base[name].shape != tuned[name].shape
+    ]
+    problems += [
+        f"{name} is {base[name].dtype} in {base.source.reference} and {tuned[name].dtype} in "
+        f"{tuned.source.reference}: one is a number to scale, and the other isn't"
+        for name in base
+        if name in tuned and base[name].dtype.kind != tuned[name].dtype.kind
+    ]
+    MismatchError.raise_if(problems)
+
+
+def tied_head(has: Checkpoint, lacks: Checkpoint) -> str | None:
+    """The head that `has` stores and `lacks` ties to its embedding, if that is how it is."""
+    head = has.anatomy.head
+    embedding = lacks.anatomy.embedding
+    if head is None or head in lacks or not lacks.anatomy.tied or embedding is None:
+        return None
+    return head

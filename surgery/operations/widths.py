@@ -1,0 +1,68 @@
+"""The config of a grown model: the width keys follow, layer by layer where layers differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, text_config
+from surgery.checkpoint import Checkpoint
+from surgery.errors import UnsupportedError
+from surgery.growth import Growth
+from surgery.modeling import MODELING_FILE, modeling_file, without_auto_map
+
+
+def widened_config(
+    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """The config after `growths`, and the modeling file that goes with it if layers differ.
+
+    Raises UnsupportedError where the config has no key that sets the width.
+    """
+    if not config:
+        return config, {}  # tensors alone: there is no loader to tell
+    widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
+    before = set(widths.values())
+    widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
+    stacks = {stack for stack, _ in widths}
+    if len(stacks) != 1:
+        raise UnsupportedError(
+            f"{base.source.reference} has MLPs in several stacks ({', '.join(sorted(stacks))}), "
+            f"and growing those isn't there yet"
+        )
+    config.pop(WIDTHS_KEY, None)
+    config = without_auto_map(config)
+    after = sorted(set(widths.values()))
+    if len(after) == 1:
+        return _with_width(base, config, before, after[0]), {}
+    config[WIDTHS_KEY] = [width for _, width in sorted(widths.items())]
+    auto_map, source = modeling_file(base, list(base.anatomy.mlps.values()))
+    config["auto_map"] = auto_map
+    return config, {MODELING_FILE: source}
+
+
+def _with_width(
+    base: Checkpoint, config: dict[str, Any], before: set[int], width: int
+) -> dict[str, Any]:
+    """Set the keys that hold the old width, where the language model is described."""
+    nested = text_config(config)
+    part = dict(nested)
+    keys = [key for key in WIDTH_KEYS if type(part.get(key)) is int and part[key] in before]
+    if not keys and "n_inner" in part and part["n_inner"] is None:
+        hidden = first(part, HIDDEN_KEYS)
+        keys = ["n_inner"] if hidden is not None and {4 * hidden} == before else []
+    if not keys:
+        raise UnsupportedError(
+            f"{base.source.reference}: no key of config.json holds the MLP's width "
+            f"{', '.join(map(str, sorted(before)))}, so none can be told the new one; looked at "
+            f"{', '.join(WIDTH_KEYS)}"
+        )
+    part |= dict.fromkeys(keys, width)
+    return {**config, "text_config": part} if nested is not config else part
+
+
+def layer_widths(config: Mapping[str, Any]) -> list[int] | None:
+    """The width of every layer, where the config has them."""
+    widths = config.get(WIDTHS_KEY)
+    return list(widths) if isinstance(widths, list) else None

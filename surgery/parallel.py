@@ -1,0 +1,70 @@
+"""Run many small jobs on a few threads, in no particular order, with one way to stop.
+
+The jobs are independent and the results don't depend on which thread runs which: nothing here
+may decide a bit of an output.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from typing import Protocol, TypeVar
+
+Job = TypeVar("Job")
+
+
+class Progress(Protocol):
+    """Called from any thread with the number of bytes that were done since the last call."""
+
+    def __call__(self, nbytes: int, /) -> object: ...
+
+
+def default_threads() -> int:
+    """As many threads as the process may use cores, and no more than 8: the memory and the disk
+    are the limit before that."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, min(8, len(os.sched_getaffinity(0))))
+    return max(1, min(8, os.cpu_count() or 1))
+
+
+def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | None) -> None:
+    """Call `work` on every job. The first exception stops all threads and is raised here.
+
+    torch runs on one thread in each of ours meanwhile: two pools would only get in each other's
+    way. The caller's own thread takes part in no work, so that an interrupt reaches it at once.
+    """
+    import torch
+
+    lock = threading.Lock()
+    stop = threading.Event()
+    failures: list[BaseException] = []
+
+    def worker() -> None:
+        torch.set_num_threads(1)
+        try:
+            while not stop.is_set():
+                with lock:
+                    job = next(jobs, None)
+                if job is None:
+                    return
+                work(job)
+        except BaseException as error:  # noqa: BLE001  raised in the caller's thread
+            failures.append(error)
+            stop.set()
+
+    before = torch.get_num_threads()
+    pool = [threading.Thread(target=worker) for _ in range(threads or default_threads())]
+    try:
+        for thread in pool:
+            thread.start()
+        for thread in pool:
+            thread.join()
+    finally:
+        stop.set()
+        for thread in pool:
+            if thread.ident is not None:
+                thread.join()
+        torch.set_num_threads(before)
+    if failures:
+        raise failures[0]

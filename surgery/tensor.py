@@ -1,0 +1,158 @@
+"""LazyTensor: what a tensor is and how to get its rows, without having them.
+
+Read this first. A checkpoint is a mapping of names to lazy tensors, an operation makes new lazy
+tensors out of old ones, and nothing is computed until `read` is called, for as many rows as the
+caller has room for. A lazy tensor is data and not a closure, so that a plan, the memory it needs
+and what can be copied from file to file are read off it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import TYPE_CHECKING, Protocol
+
+from surgery.dtypes import DType
+from surgery.files import FileSpan
+
+if TYPE_CHECKING:
+    import torch
+
+Runs = tuple[tuple[int, int, int], ...]
+"""Rows of inputs in order, as (input, start, stop): ((0, 0, 4), (0, 2, 3)) is rows 0, 1, 2, 3, 2
+of the first input."""
+
+
+class Leaf(Protocol):
+    """Where the rows of a tensor without inputs come from: a file, or values made on demand."""
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True, eq=False)
+class LazyTensor:
+    """A tensor of `shape` and `dtype` that is read a range of rows at a time.
+
+    A **row** is a run along the last axis, with the axes before it flattened: (experts, out, in)
+    has experts * out rows of `in` elements. The elements of a vector are rows of one, and so is
+    a scalar. It is one of three things:
+
+    - a leaf: `leaf` says where the rows are;
+    - a gather: `runs` says which rows of the inputs, in which order;
+    - computed: `kernel` makes the rows from the same rows of every input, or from the whole
+      inputs when `rowwise` is False.
+
+    `tally` goes with a row-wise kernel: a number made of the same rows of the inputs, which the
+    writer adds up over the tensor as it passes (||tau||^2, say), so that a statistic which only
+    reports needs no pass of its own.
+    """
+
+    shape: tuple[int, ...]
+    dtype: DType
+    leaf: Leaf | None = None
+    inputs: tuple[LazyTensor, ...] = ()
+    runs: Runs | None = None
+    kernel: Callable[..., torch.Tensor] | None = None
+    rowwise: bool = True
+    tally: Callable[..., float] | None = None
+
+    @property
+    def rows(self) -> int:
+        """How many rows there are."""
+        return prod(self.shape[:-1]) if len(self.shape) > 1 else prod(self.shape)
+
+    @property
+    def width(self) -> int:
+        """Elements of a row."""
+        return self.shape[-1] if len(self.shape) > 1 else 1
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.bits // 8
+
+    def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Rows `start` to `stop` (all by default): shape (rows, width), or (rows,) for a vector.
+
+        The only evaluator. What it returns belongs to the caller, who may overwrite it.
+        """
+        stop = self.rows if stop is None else stop
+        if self.leaf is not None:
+            return self.leaf.read(self, start, stop)
+        if self.runs is not None:
+            return self._gather(start, stop)
+        assert self.kernel is not None
+        if self.rowwise:
+            return self.kernel(*self.read_inputs(start, stop))
+        whole = self.kernel(*(tensor.whole() for tensor in self.inputs))
+        flat = whole.reshape(self.rows, self.width) if len(self.shape) > 1 else whole.reshape(-1)
+        return flat[start:stop]
+
+    def read_inputs(self, start: int, stop: int) -> list[torch.Tensor]:
+        """These rows of every input of a row-wise kernel."""
+        return [tensor.read(start, stop) for tensor in self.inputs]
+
+    def whole(self) -> torch.Tensor:
+        """The whole tensor, in its shape."""
+        return self.read().reshape(self.shape)
+
+    def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
+        """Row ranges of about `elements` elements that together are the tensor."""
+        step = max(1, elements // max(1, self.width))
+        for start in range(0, self.rows, step):
+            yield start, min(start + step, self.rows)
+
+    def file_spans(self) -> Iterator[FileSpan] | None:
+        """The bytes of this tensor as they lie in files, in order; None if some are computed."""
+        if isinstance(self.leaf, FileSpan):
+            return iter((self.leaf,))
+        spans = [tensor.leaf for tensor in self.inputs]
+        row_bits = self.width * self.dtype.bits
+        if self.runs is None or row_bits % 8:
+            return None
+        if not all(isinstance(span, FileSpan) for span in spans):
+            return None
+        row = row_bits // 8
+        return (
+            span.part(start * row, stop * row)
+            for at, start, stop in self.runs
+            if isinstance(span := spans[at], FileSpan)
+        )
+
+    @cached_property
+    def _run_ends(self) -> list[int]:
+        """Where each run ends, counted in this tensor's own rows."""
+        return list(accumulate(stop - start for _, start, stop in self.runs or ()))
+
+    def _gather(self, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        assert self.runs is not None
+        pieces = []
+        at = bisect_right(self._run_ends, start)
+        while start < stop:
+            source, run_start, run_stop = self.runs[at]
+            skipped = start - (self._run_ends[at] - (run_stop - run_start))
+            first = run_start + skipped
+            last = min(run_stop, first + stop - start)
+            pieces.append(self.inputs[source].read(first, last))
+            start += last - first
+            at += 1
+        if len(pieces) == 1:
+            return pieces[0]
+        return torch.cat(pieces) if pieces else self.inputs[0].read(0, 0)
+
+
+def gather(inputs: tuple[LazyTensor, ...], runs: Runs, shape: tuple[int, ...]) -> LazyTensor:
+    """The rows `runs` of `inputs`, as a tensor of `shape`. The inputs agree in dtype and width."""
+    made = LazyTensor(shape, inputs[0].dtype, inputs=inputs, runs=runs)
+    assert made.rows == sum(stop - start for _, start, stop in runs)
+    assert all((i.dtype, i.width) == (made.dtype, made.width) for i in inputs)
+    return made

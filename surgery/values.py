@@ -1,0 +1,73 @@
+"""Leaves that lie in no file: zeros, small tables, and seeded noise.
+
+Noise is a function of (seed, tensor name, position) and of nothing else, so that it is the same
+whichever thread asks for it, in whatever blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from surgery.dtypes import DTYPES, DType
+from surgery.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    import numpy
+    import torch
+
+
+def zeros(shape: tuple[int, ...], dtype: DType) -> LazyTensor:
+    """A tensor of zeros."""
+    return LazyTensor(shape, dtype, leaf=_Zeros())
+
+
+def table(values: numpy.ndarray) -> LazyTensor:
+    """A vector of int64 values that an operation has worked out, to go with rows."""
+    return LazyTensor(values.shape, DTYPES["I64"], leaf=_Table(values))
+
+
+def noise(shape: tuple[int, ...], seed: int, name: str) -> LazyTensor:
+    """Float32 noise, uniform in [-1, 1), for the tensor `name`."""
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    return LazyTensor(shape, DTYPES["F32"], leaf=_Noise(int.from_bytes(digest[:16], "little")))
+
+
+@dataclass(frozen=True)
+class _Zeros:
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        shape = (stop - start, tensor.width) if len(tensor.shape) > 1 else (stop - start,)
+        return torch.zeros(shape, dtype=tensor.dtype.torch)
+
+
+@dataclass(frozen=True, eq=False)
+class _Table:
+    values: numpy.ndarray
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        import torch
+
+        return torch.from_numpy(self.values[start:stop].copy())
+
+
+@dataclass(frozen=True)
+class _Noise:
+    """The counter-based generator Philox (Salmon et al. 2011): any position without the ones
+    before it. A step of its counter gives four 64-bit words, and an element takes one word."""
+
+    key: int
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        import numpy
+        import torch
+
+        first, last = start * tensor.width, stop * tensor.width
+        generator = numpy.random.Philox(key=self.key)
+        generator.advance(first // 4)
+        words = generator.random_raw(last - first + first % 4)[first % 4 :]
+        values = (words >> numpy.uint64(40)).astype(numpy.float32) * numpy.float32(2**-23) - 1
+        shape = (stop - start, tensor.width) if len(tensor.shape) > 1 else (stop - start,)
+        return torch.from_numpy(values.astype(numpy.float32)).reshape(shape)

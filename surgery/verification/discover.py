@@ -1,0 +1,64 @@
+"""Find out from the weights alone which neurons a wider MLP is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from surgery.anatomy import MLP
+from surgery.checkpoint import Checkpoint
+from surgery.growth import Growth
+
+
+def discover_growths(base: Checkpoint, other: Checkpoint) -> list[Growth]:
+    """The growths that made `other` of `base`, for MLPs that keep the base's neurons in place
+    and have copies or zeros behind them; nothing if one is wider in another way."""
+    growths = []
+    for key, mlp in base.anatomy.mlps.items():
+        wide = other.anatomy.mlps.get(key)
+        if wide is None or wide.tensors != mlp.tensors or wide.width < mlp.width:
+            return []
+        if wide.width > mlp.width:
+            growth = _discover(base, other, mlp, wide)
+            if growth is None:
+                return []
+            growths.append(growth)
+    return growths
+
+
+def _discover(base: Checkpoint, other: Checkpoint, mlp: MLP, wide: MLP) -> Growth | None:
+    """The growth of one MLP: each new neuron is looked up by the bytes of its up weights."""
+    sources: dict[bytes, int] = {}
+    for number, neuron in enumerate(_neurons(base, mlp)):
+        sources.setdefault(neuron, number)
+    copied: list[tuple[int, int]] = []
+    padding = 0
+    for number, neuron in enumerate(_neurons(other, wide)):
+        if number < mlp.width:
+            continue
+        source = sources.get(neuron)
+        if source is None and not any(neuron):
+            padding += 1
+        elif source is None or padding:
+            return None
+        elif copied and copied[-1][1] == source:
+            copied[-1] = (copied[-1][0], source + 1)
+        else:
+            copied.append((source, source + 1))
+    return Growth(mlp, wide.width, tuple(copied), padding)
+
+
+def _neurons(checkpoint: Checkpoint, mlp: MLP) -> Iterator[bytes]:
+    """What leads into every hidden neuron, as bytes."""
+    import torch
+
+    columns = []
+    for up in mlp.ups:
+        for name in filter(None, (up.weight, up.bias)):
+            matrix = checkpoint[name].whole()
+            if up.in_out and name == up.weight:
+                matrix = matrix.T
+            parts = matrix.reshape(up.parts, mlp.width, -1)
+            columns += [part.contiguous().view(torch.uint8) for part in parts]
+    rows = torch.cat(columns, dim=1).numpy()
+    for row in rows:
+        yield row.tobytes()

@@ -1,0 +1,310 @@
+"""Logits of two checkpoints on the same inputs, and how far apart rounding alone would put them.
+
+The yardstick is measured, not guessed: the **noise floor** is the difference between the base
+and the base with the neurons of each MLP permuted, which is the same function summed in another
+order. A model with the same function stays within a small multiple of it.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+from surgery.anatomy.infer import first, text_config
+from surgery.checkpoint import Checkpoint
+from surgery.errors import UnsupportedError
+from surgery.parallel import Progress
+from surgery.tensor import LazyTensor
+from surgery.values import noise
+
+if TYPE_CHECKING:
+    import torch
+
+VerifyDtype = Literal["float32", "float64"]
+
+NOISE_MULTIPLE = 8.0
+"""A growth passes within this many noise floors. Right ones stay under 2 or 3 (two draws of the
+same rounding noise, and more terms in each sum); a weight wrong by 1% gives thousands."""
+
+BATCH, TOKENS = 2, 64
+
+
+@dataclass(frozen=True)
+class Logits:
+    """How far the outputs of two models are apart, on `tokens` tokens.
+
+    `max_difference` is max |d|, `relative` divides it by max |logit|; `kl` is the divergence of
+    the distributions over the vocabulary in nats, `top1` the share of tokens on which both
+    choose the same. `noise_floor` is max |d| of the permuted base, None where there is no MLP
+    to permute. `first_departure` names the first block whose output is further from the base's
+    than noise explains. For a model without a head the hidden states stand for the logits, and
+    `kl_mean`, `kl_max` and `top1` are None.
+    """
+
+    device: str
+    dtype: VerifyDtype
+    tokens: int
+    max_difference: float
+    relative: float
+    kl_mean: float | None
+    kl_max: float | None
+    top1: float | None
+    noise_floor: float | None
+    first_departure: str | None
+    uninitialised: tuple[str, ...]
+
+    @property
+    def threshold(self) -> float | None:
+        """The largest difference that rounding explains."""
+        return None if self.noise_floor is None else NOISE_MULTIPLE * self.noise_floor
+
+    @property
+    def same(self) -> bool:
+        """Whether rounding explains the difference."""
+        return self.threshold is not None and self.max_difference <= self.threshold
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Output of a model, (tokens, vocabulary or hidden size), and of each of its blocks."""
+
+    output: torch.Tensor
+    is_logits: bool
+    blocks: Mapping[str, torch.Tensor]
+    missing: tuple[str, ...]
+
+
+def compare_logits(
+    base: Checkpoint,
+    other: Checkpoint,
+    *,
+    device: str = "auto",
+    dtype: VerifyDtype = "float32",
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Logits:
+    """Run both on the same random tokens. One model is in memory at a time.
+
+    Raises UnsupportedError if transformers can't build one of them.
+    """
+    import torch
+
+    device = pick_device(device, dtype)
+    _check_size(base, other, device, dtype)
+    inputs = _inputs(base, seed).to(device)
+    run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs)
+    first_run = run(base)
+    second = run(other)
+    if first_run.output.shape != second.output.shape:
+        raise UnsupportedError(
+            f"outputs differ in shape: {list(first_run.output.shape)} and "
+            f"{list(second.output.shape)}; the logits can't be compared"
+        )
+    permuted = run(_permuted(base, seed)) if base.anatomy.mlps else None
+    return _compare(first_run, second, permuted, device, dtype)
+
+
+def pick_device(device: str, dtype: VerifyDtype) -> str:
+    """ "auto" is CUDA, or Apple's MPS (which has no float64), or the CPU."""
+    import torch
+
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    if device == "auto":
+        return "cuda" if cuda else "mps" if mps and dtype == "float32" else "cpu"
+    if (device == "cuda" and not cuda) or (device == "mps" and not mps):
+        raise UnsupportedError(f"there is no {device} device here: use --device cpu or auto")
+    if device == "mps" and dtype == "float64":
+        raise UnsupportedError("MPS has no float64: use --device cpu")
+    return device
+
+
+def memory_needed(checkpoint: Checkpoint, dtype: VerifyDtype) -> int:
+    """Bytes that running a checkpoint takes, about: its weights in `dtype`, and one tensor."""
+    size = 8 if dtype == "float64" else 4
+    largest = max((tensor.numel for tensor in checkpoint.values()), default=0)
+    return size * (checkpoint.numel + 2 * largest)
+
+
+def _check_size(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> None:
+    """Refuse at once what would be killed for memory after minutes."""
+    import psutil
+    import torch
+
+    need = max(memory_needed(base, dtype), memory_needed(other, dtype))
+    have = psutil.virtual_memory().available
+    if device == "cuda":
+        have = torch.cuda.mem_get_info()[0]
+    if need > have:
+        raise UnsupportedError(
+            f"comparing logits in {dtype} takes about {need / 1e9:,.1f} GB of memory, and "
+            f"{have / 1e9:,.1f} GB are free on {device}: --no-logits leaves the certificate, "
+            f"which is proof enough for the weights"
+        )
+
+
+def _inputs(base: Checkpoint, seed: int) -> torch.Tensor:
+    """Random token ids, (BATCH, TOKENS)."""
+    import torch
+
+    config = text_config(base.config)
+    vocabulary = first(config, ("vocab_size",))
+    if vocabulary is None:
+        raise UnsupportedError(
+            f"{base.source.reference} takes no tokens (its config has no vocab_size), and other "
+            f"inputs can't be made yet: --no-logits leaves the certificate"
+        )
+    length = min(TOKENS, first(config, ("max_position_embeddings", "n_positions")) or TOKENS)
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
+
+
+def _run(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, inputs: torch.Tensor) -> _Run:
+    import torch
+
+    from surgery.verification.models import block_modules, build_model
+
+    built = build_model(checkpoint, dtype, device)
+    kept: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, output: Any) -> None:
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        kept[name] = hidden.detach().to("cpu")
+
+    for stack in checkpoint.anatomy.stacks:
+        for number, block in enumerate(block_modules(built.model, stack)):
+            name = f"{stack}.{number}"
+            block.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+    output, is_logits = _outputs(built.model, inputs)
+    run = _Run(output.to("cpu").flatten(0, -2), is_logits, kept, built.missing)
+    del built
+    gc.collect()
+    return run
+
+
+def _outputs(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """Logits, or the last hidden state of a model without a head."""
+    import torch
+
+    accepted = inspect.signature(model.forward).parameters
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
+    if "attention_mask" in accepted:
+        options["attention_mask"] = torch.ones_like(inputs)
+    exact = _float64_throughout() if model.dtype == torch.float64 else nullcontext()
+    with torch.inference_mode(), exact:
+        result = model(inputs, **options, return_dict=True)
+    for name in ("logits", "prediction_logits", "last_hidden_state"):
+        value = getattr(result, name, None)
+        if value is not None:
+            return value, name != "last_hidden_state"
+    raise UnsupportedError(f"{type(model).__name__} returns neither logits nor hidden states")
+
+
+def _float64_throughout() -> Any:
+    """Inside it, code that asks for float32 (norms, softmax, rotary embeddings) gets float64:
+    else float64 would be no more exact than float32."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class Float64(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            kwargs = kwargs or {}
+            if func is torch.Tensor.float:
+                return args[0].double()
+            swap = {torch.float32: torch.float64}
+            args = tuple(swap.get(a, a) if isinstance(a, torch.dtype) else a for a in args)
+            kwargs = {
+                key: swap.get(value, value) if isinstance(value, torch.dtype) else value
+                for key, value in kwargs.items()
+            }
+            return func(*args, **kwargs)
+
+    return Float64()
+
+
+def _permuted(base: Checkpoint, seed: int) -> Checkpoint:
+    """The base with the neurons of every MLP in another order: the same function."""
+    tensors: dict[str, LazyTensor] = {}
+    for mlp in base.anatomy.mlps.values():
+        order = noise((mlp.width,), seed, f"permute:{mlp.down.weight}").read().argsort()
+        for projection in (*mlp.ups, mlp.down):
+            axis = int((projection is mlp.down) != projection.in_out)
+            tensors[projection.weight] = _reordered(
+                base[projection.weight], order, axis, projection.parts
+            )
+            if projection.bias is not None and projection is not mlp.down:
+                tensors[projection.bias] = _reordered(
+                    base[projection.bias], order, 0, projection.parts
+                )
+    return replace(base, tensors={**base.tensors, **tensors})
+
+
+def _reordered(tensor: LazyTensor, order: torch.Tensor, axis: int, parts: int) -> LazyTensor:
+    import torch
+
+    index = torch.cat([order + part * len(order) for part in range(parts)])
+    return LazyTensor(
+        tensor.shape,
+        tensor.dtype,
+        inputs=(tensor,),
+        kernel=partial(torch.index_select, dim=axis, index=index),
+        rowwise=False,
+    )
+
+
+def _compare(
+    base: _Run, other: _Run, permuted: _Run | None, device: str, dtype: VerifyDtype
+) -> Logits:
+    import torch
+
+    scale = float(base.output.abs().max())
+    difference = _distance(base.output, other.output)
+    floor = None
+    if permuted is not None:
+        # A tiny model can come out without any noise; a rounding or two is always allowed.
+        unit = torch.finfo(base.output.dtype).eps * scale
+        floor = max(_distance(base.output, permuted.output), unit)
+    kl_mean = kl_max = top1 = None
+    if base.is_logits and other.is_logits:
+        p, q = (run.output.double().log_softmax(-1) for run in (base, other))
+        divergence = (p.exp() * (p - q)).sum(-1).clamp_(min=0)
+        kl_mean, kl_max = float(divergence.mean()), float(divergence.max())
+        top1 = float((p.argmax(-1) == q.argmax(-1)).double().mean())
+    return Logits(
+        device=device,
+        dtype=dtype,
+        tokens=base.output.shape[0],
+        max_difference=difference,
+        relative=difference / scale if scale else 0.0,
+        kl_mean=kl_mean,
+        kl_max=kl_max,
+        top1=top1,
+        noise_floor=floor,
+        first_departure=_first_departure(base, other, permuted),
+        uninitialised=tuple(sorted({*base.missing, *other.missing})),
+    )
+
+
+def _first_departure(base: _Run, other: _Run, permuted: _Run | None) -> str | None:
+    import torch
+
+    if permuted is None:
+        return None
+    for name, hidden in base.blocks.items():
+        if name not in other.blocks or other.blocks[name].shape != hidden.shape:
+            return name
+        unit = torch.finfo(hidden.dtype).eps * float(hidden.abs().max())
+        floor = max(_distance(hidden, permuted.blocks[name]), unit)
+        if not _distance(hidden, other.blocks[name]) <= NOISE_MULTIPLE * floor:
+            return name
+    return None
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b|; infinite where a NaN stands in one and not in the other."""
+    gap = (a.double() - b.double()).abs()
+    return float(gap.nan_to_num(nan=float("inf")).max())

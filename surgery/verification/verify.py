@@ -1,0 +1,132 @@
+"""Verify: which proof applies to two checkpoints, and what came of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from surgery.checkpoint import RECORD, Checkpoint
+from surgery.errors import VerificationError
+from surgery.growth import Growth, growths_of
+from surgery.parallel import Progress
+from surgery.verification.certificate import Certificate, certify
+from surgery.verification.discover import discover_growths
+from surgery.verification.logits import NOISE_MULTIPLE, Logits, VerifyDtype, compare_logits
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was found. A growth must have both proofs; of two other models the logits are only
+    reported, and `certificate` is None. `logits` is None if they weren't asked for."""
+
+    certificate: Certificate | None
+    logits: Logits | None
+
+    @property
+    def passed(self) -> bool | None:
+        """Whether `other` computes what the base does; None where nothing has to hold."""
+        if self.certificate is None:
+            return None
+        return self.certificate.holds and (self.logits is None or self.logits.same)
+
+    @property
+    def summary(self) -> str:
+        """One sentence."""
+        said = []
+        if self.certificate is not None:
+            holds = "holds" if self.certificate.holds else "doesn't hold"
+            said.append(
+                f"the certificate {holds} for {self.certificate.tensors_compared} tensors, "
+                f"{self.certificate.grown_mlps} MLPs grown"
+            )
+        if self.logits is not None:
+            logits = self.logits
+            said.append(
+                f"logits of {logits.tokens} tokens in {logits.dtype} on {logits.device} differ by "
+                f"at most {logits.max_difference:.3g}"
+                + (f" (noise floor {logits.noise_floor:.3g})" if logits.noise_floor else "")
+            )
+        return "; ".join(said) or "nothing was compared"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for the record and for `--json`."""
+        logits = None
+        if self.logits is not None:
+            logits = asdict(self.logits) | {
+                "threshold": self.logits.threshold,
+                "same": self.logits.same,
+            }
+        certificate = None if self.certificate is None else asdict(self.certificate)
+        return {
+            "passed": self.passed,
+            "summary": self.summary,
+            "certificate": certificate,
+            "logits": logits,
+        }
+
+    def require(self) -> None:
+        """Raise VerificationError, with all that doesn't hold, unless it passed."""
+        if self.passed is not False:
+            return
+        problems = list(self.certificate.failures) if self.certificate is not None else []
+        if self.logits is not None and not self.logits.same:
+            where = self.logits.first_departure or "no single block; the output"
+            problems.append(
+                f"logits differ by {self.logits.max_difference:.3g}, and rounding explains "
+                f"{self.logits.threshold:.3g} ({NOISE_MULTIPLE:g} noise floors); the first to "
+                f"depart is {where}"
+            )
+        raise VerificationError(*problems)
+
+
+def verify(
+    base: Checkpoint,
+    other: Checkpoint,
+    *,
+    logits: bool = True,
+    device: str = "auto",
+    dtype: VerifyDtype = "float32",
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Compare `other` with `base`: the certificate if it was grown from it, and the logits.
+
+    Whether it was grown is taken from the edit that made `other`, from the record beside it, or
+    else found out from the weights themselves. The certificate comes first: where it fails, the
+    logits are still compared, to say which layer departs first.
+    """
+    growths = find_growths(base, other)
+    certificate = None
+    if growths:
+        certificate = certify(base, other, growths, threads=threads, progress=progress)
+    compared = compare_logits(base, other, device=device, dtype=dtype) if logits else None
+    return Verification(certificate, compared)
+
+
+def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
+    """How `other` was grown from `base`; nothing if it wasn't."""
+    for record in (_in_history(other), _in_record(other)):
+        if record:
+            try:
+                return growths_of(record, base.anatomy.mlps)
+            except (KeyError, TypeError, ValueError):
+                continue  # the record tells of another base: the weights decide
+    return discover_growths(base, other)
+
+
+def _in_history(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    grown = [edit for edit in checkpoint.history if edit.operation == "grow"]
+    return list(grown[-1].details["mlps"]) if grown else []
+
+
+def _in_record(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    path = checkpoint.source.path / RECORD
+    if not path.is_file():
+        return []
+    try:
+        edits = json.loads(path.read_text(encoding="utf-8"))["edits"]
+        return list(edits[-1]["details"]["mlps"]) if edits[-1]["operation"] == "grow" else []
+    except (OSError, ValueError, KeyError, IndexError, TypeError):
+        return []  # a record that isn't ours tells nothing; the weights do

@@ -1,0 +1,90 @@
+"""The model card, `README.md`: the Hub's metadata, and what was done, for a person to read."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import CARD, Checkpoint
+from surgery.writing.plan import Plan
+
+INPUT_CARD = "README.input.md"
+"""The card that the input came with, under another name: it describes another model."""
+
+_KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
+
+
+def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | bytes]:
+    """`README.md`, and the input's own card if it had one, by file name."""
+    checkpoint = layout.checkpoint
+    made: dict[str, Path | bytes] = {}
+    given = checkpoint.companions.get(CARD)
+    if given is not None:
+        made[INPUT_CARD] = given
+    metadata = _metadata(checkpoint, given if isinstance(given, Path) else None)
+    lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""]
+    made[CARD] = "\n".join([*lines, *_body(checkpoint, record), ""]).encode()
+    return made
+
+
+def _metadata(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
+    inputs = [source for edit in checkpoint.history for source in edit.inputs.values()]
+    names = dict.fromkeys(source.repo_id or source.path.name for source in inputs)
+    metadata: dict[str, Any] = {
+        "base_model": list(names),
+        "library_name": "transformers",
+        "tags": ["surgery", *dict.fromkeys(edit.operation for edit in checkpoint.history)],
+    }
+    return metadata | _kept(given)
+
+
+def _kept(card: Path | None) -> dict[str, Any]:
+    """What the input's card says that is true of the output as well, the licence first of all."""
+    if card is None:
+        return {}
+    import yaml
+
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
+    try:
+        found = yaml.safe_load(match.group(1)) if match else None
+    except yaml.YAMLError:
+        return {}  # a card is prose for people: one that can't be parsed says nothing to us
+    return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
+
+
+def _yaml(value: Any) -> str:
+    """A value on one line: JSON is YAML, and what it quotes can't break out of its place."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
+    lines = ["# Edited with Surgery", ""]
+    for edit in checkpoint.history:
+        given = ", ".join(f"{k} = {v}" for k, v in edit.parameters.items() if v is not None)
+        inputs = ", ".join(
+            f"{role} {_code(s.repo_id or s.path.name)}" for role, s in edit.inputs.items()
+        )
+        lines += [f"- **{edit.operation}** of {inputs}: {given}."]
+    if command := record.get("command"):
+        lines += ["", "The command:", "", *(f"    {line}" for line in command.splitlines())]
+    if isinstance(verification := record.get("verification"), Mapping):
+        lines += ["", f"Verified before it was written: {verification['summary']}."]
+    if any(edit.operation == "grow" for edit in checkpoint.history):
+        lines += [
+            "",
+            (
+                "`surgery.json` lists the new index ranges of every grown tensor. To train only "
+                "what is new (G-Freeze), train those rows and columns; for G-Train, train the "
+                "tensors of role `up` whole, and freeze all else."
+            ),
+        ]
+    if "auto_map" in checkpoint.config:
+        lines += ["", "Loading takes `trust_remote_code=True`: layers differ in MLP width."]
+    return lines
+
+
+def _code(text: str) -> str:
+    return "`" + text.replace("`", "'").replace("\n", " ") + "`"

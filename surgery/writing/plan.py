@@ -1,0 +1,132 @@
+"""The plan of an output: every shard with its header, every tensor with its offset, and what
+it will take. Made from shapes and dtypes alone; no tensor byte is read."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from surgery.checkpoint import Checkpoint
+from surgery.header import LENGTH_BYTES
+from surgery.tensor import LazyTensor
+
+MAX_SHARD_BYTES = 5_000_000_000
+ALIGNMENT = 8
+"""Tensor data starts at a multiple of this, so that a mapped file can be used as it is."""
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file to write: `head` is its first bytes, `offsets` where in the file tensors start."""
+
+    name: str
+    head: bytes
+    offsets: Mapping[str, int]
+    size: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be written, and how much of it has to be computed.
+
+    A tensor is *untouched* if it is what it was, *copied* if it is made of rows that lie in
+    files, and *computed* otherwise.
+    """
+
+    checkpoint: Checkpoint
+    shards: tuple[Shard, ...]
+    computed: tuple[str, ...]
+    copied: tuple[str, ...]
+    untouched: tuple[str, ...]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(shard.size for shard in self.shards)
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of the files that travel along."""
+        companions = self.checkpoint.companions.values()
+        return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in companions)
+
+    @property
+    def bytes_needed(self) -> int:
+        """Bytes of disk that the output takes, the small files that are made included."""
+        return self.weight_bytes + self.companion_bytes + (1 << 20)
+
+    @property
+    def index(self) -> bytes | None:
+        """`model.safetensors.index.json`, or None for one file."""
+        if len(self.shards) == 1:
+            return None
+        where = {name: shard.name for shard in self.shards for name in shard.offsets}
+        index = {
+            "metadata": {"total_size": self.checkpoint.nbytes},
+            "weight_map": dict(sorted(where.items())),
+        }
+        return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def plan(checkpoint: Checkpoint, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+    """Lay out all shards. Tensors keep their order; a shard is full before the next begins."""
+    groups: list[dict[str, LazyTensor]] = [{}]
+    size = 0
+    for name, tensor in checkpoint.items():
+        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
+            groups.append({})
+            size = 0
+        groups[-1][name] = tensor
+        size += tensor.nbytes
+    single = len(groups) == 1
+    shards = tuple(
+        _shard(
+            "model.safetensors"
+            if single
+            else f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            group,
+        )
+        for number, group in enumerate(groups, 1)
+    )
+    untouched = tuple(name for name, tensor in checkpoint.items() if tensor.leaf is not None)
+    known = set(untouched)
+    copied = tuple(
+        name
+        for name, tensor in checkpoint.items()
+        if name not in known and tensor.file_spans() is not None
+    )
+    known.update(copied)
+    computed = tuple(name for name in checkpoint if name not in known)
+    return Plan(checkpoint, shards, computed, copied, untouched)
+
+
+def _shard(name: str, tensors: Mapping[str, LazyTensor]) -> Shard:
+    """Wider types come first, so that every tensor is aligned to its own type."""
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].dtype.bits)
+    table: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    starts = {}
+    end = 0
+    for tensor_name, tensor in ordered:
+        starts[tensor_name] = end
+        table[tensor_name] = {
+            "dtype": tensor.dtype.name,
+            "shape": list(tensor.shape),
+            "data_offsets": [end, end + tensor.nbytes],
+        }
+        end += tensor.nbytes
+    text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % ALIGNMENT)
+    head = len(text).to_bytes(LENGTH_BYTES, "little") + text
+    offsets = {tensor_name: len(head) + start for tensor_name, start in starts.items()}
+    return Shard(name, head, offsets, len(head) + end)
+
+
+def free_bytes(target: Path) -> int:
+    """Bytes free where `target` will be."""
+    folder = target.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free

@@ -1,0 +1,113 @@
+"""The record, `surgery.json`: what was done to which inputs, and what the verification saw.
+
+It holds no time and no path of this machine beyond the references that the user gave, so that
+the same recipe gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+from surgery.checkpoint import Checkpoint, Edit
+from surgery.hub import Source
+from surgery.writing.plan import Plan
+
+FORMAT = 1
+
+
+def make_record(
+    layout: Plan,
+    tallies: Mapping[str, float],
+    verification: Mapping[str, Any] | None,
+    command: str | None,
+) -> dict[str, Any]:
+    """The record as plain data."""
+    checkpoint = layout.checkpoint
+    return {
+        "format": FORMAT,
+        "surgery": version("model-surgery"),
+        "command": command,
+        "edits": [_edit(edit) for edit in checkpoint.history],
+        "norms": update_norms(checkpoint, tallies),
+        "verification": verification,
+        "versions": {name: version(name) for name in ("torch", "safetensors", "transformers")},
+        "notes": list(checkpoint.notes),
+    }
+
+
+def record_bytes(record: Mapping[str, Any]) -> bytes:
+    """The record as JSON, with lists of plain values on a line of their own."""
+    text = json.dumps(record, indent=2, ensure_ascii=False)
+    flat = re.compile(r"\[\s+([^\[\]{}\"]+?)\s+\]")
+    text = flat.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
+    return (text + "\n").encode()
+
+
+def version(distribution: str) -> str | None:
+    """The installed version, or None."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[str, Any] | None:
+    """The norm of the update by stack, block by block, and outside: what it was, and what is
+    left of it after scaling. None if nothing was tallied (an update inside a longer chain)."""
+    if not tallies:
+        return None
+    anatomy = checkpoint.anatomy
+    squares: dict[str, list[float]] = {
+        stack: [0.0] * depth for stack, depth in anatomy.stacks.items()
+    }
+    outside: dict[str, float] = {}
+    for name, square in tallies.items():
+        place = anatomy.places[name]
+        if place.stack is None or place.block is None:
+            outside[name] = square
+        else:
+            squares[place.stack][place.block] += square
+    edit = next(edit for edit in reversed(checkpoint.history) if edit.operation == "lines")
+    scales: Mapping[str, list[float]] = edit.details["scales"]
+    return {
+        "blocks": {
+            stack: [
+                _norms(square, scale) for square, scale in zip(values, scales[stack], strict=True)
+            ]
+            for stack, values in squares.items()
+        },
+        "outside": {
+            name: _norms(square, edit.details["outside"][name]) for name, square in outside.items()
+        },
+    }
+
+
+def _norms(square: float, scale: float) -> dict[str, float]:
+    before = square**0.5
+    return {"before": float(f"{before:.6g}"), "after": float(f"{abs(scale) * before:.6g}")}
+
+
+def _edit(edit: Edit) -> dict[str, Any]:
+    return {
+        "operation": edit.operation,
+        "parameters": dict(edit.parameters),
+        "inputs": {role: _source(source) for role, source in edit.inputs.items()},
+        "details": dict(edit.details),
+    }
+
+
+def _source(source: Source) -> dict[str, Any]:
+    """The reference, the revision, and of every weight file the size and, where the Hub's cache
+    knows it, the SHA-256 (it names a large file's blob by its digest)."""
+    files: dict[str, dict[str, Any]] = {}
+    folder = source.path if source.path.is_dir() else source.path.parent
+    paths = sorted(folder.glob("*.safetensors")) if source.path.is_dir() else [source.path]
+    for path in paths:
+        blob = path.resolve().name
+        digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
+        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+    return {"reference": source.reference, "revision": source.revision, "files": files}

@@ -1,0 +1,235 @@
+"""The writer: shards are laid out first, then every tensor is filled in at its own offset, by
+several threads, while bytes that nobody touched are copied from file to file by the system."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from math import fsum
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.errors import OutputError, SurgeryError
+from surgery.files import FileSpan, as_bytes
+from surgery.parallel import Progress, run_all
+from surgery.tensor import LazyTensor
+from surgery.writing.card import model_card
+from surgery.writing.config import config_bytes
+from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
+from surgery.writing.record import make_record, record_bytes
+from surgery.writing.staging import check_target, publish, staging
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements computed at a time: 1 MB in float32, which stays in the cache of a core."""
+COPY_BYTES = 1 << 26
+"""Bytes copied at a time: enough to keep calls few, little enough to share among threads."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written: the plan, the record, and the tallies of tensors that have one, by name
+    (see LazyTensor)."""
+
+    target: Path
+    plan: Plan
+    record: Mapping[str, Any]
+    tallies: Mapping[str, float]
+
+
+def write(
+    checkpoint: Checkpoint,
+    target: str | Path,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    check: Callable[[Checkpoint], object] | None = None,
+    verification: Mapping[str, Any] | None = None,
+    command: str | None = None,
+) -> Written:
+    """Write `checkpoint` to the directory `target`, completely or not at all.
+
+    `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
+    exception that it raises leaves nothing behind. `verification` and `command` go into the
+    record. Raises OutputError if the target is in the way, or the disk is full.
+    """
+    target = Path(target).absolute()
+    prepare(checkpoint, target, overwrite=overwrite)
+    layout = plan(checkpoint, max_shard_bytes=max_shard_bytes)
+    check_space(layout, target)
+    with staging(target) as folder, _named(folder):
+        tallies = _fill(layout, folder, threads, progress)
+        record = make_record(layout, tallies, verification, command)
+        _write_small_files(layout, folder, record)
+        staged = open_checkpoint(folder)
+        _check_staged(layout, staged)
+        if check is not None:
+            check(staged)
+        publish(folder, target)
+    return Written(target, layout, record, tallies)
+
+
+def prepare(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> None:
+    """Raise OutputError if `target` exists or could harm an input."""
+    inputs = [s.path for edit in checkpoint.history for s in edit.inputs.values()]
+    check_target(target, {checkpoint.source.path, *inputs}, overwrite=overwrite)
+
+
+def check_space(layout: Plan, target: Path) -> None:
+    """Raise OutputError unless the output fits on the disk."""
+    needed, free = layout.bytes_needed, free_bytes(target)
+    if needed > free:
+        raise OutputError(
+            f"{target} needs {needed:,} bytes, and {free:,} are free there: make room, or "
+            f"choose another place"
+        )
+
+
+@contextmanager
+def _named(folder: Path) -> Iterator[None]:
+    """Say which directory couldn't be written, and why."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, SurgeryError):
+            raise
+        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
+        where = error.filename or folder
+        raise OutputError(f"writing to {where} failed: {reason}; nothing was kept") from error
+
+
+# One thing to do: bytes to copy to an offset, or rows to compute.
+_Copy = tuple[int, FileSpan, int]
+_Compute = tuple[int, str, LazyTensor, int, int, int]
+
+
+def _fill(
+    layout: Plan, folder: Path, threads: int | None, progress: Progress | None
+) -> dict[str, float]:
+    """Write all shards; returns the tallies."""
+    sums: dict[str, list[float]] = defaultdict(list)
+    lock = Lock()
+
+    def work(job: _Copy | _Compute) -> None:
+        if len(job) == 3:
+            fd, span, offset = job
+            _copy(fd, span, offset)
+            done = span.length
+        else:
+            fd, name, tensor, start, stop, offset = job
+            done, tally = _compute(fd, tensor, start, stop, offset)
+            if tally is not None:
+                with lock:
+                    sums[name].append(tally)
+        if progress is not None:
+            progress(done)
+
+    with ExitStack() as files:
+        fds = {}
+        for shard in layout.shards:
+            fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            files.callback(os.close, fd)
+            os.ftruncate(fd, shard.size)
+            _write_at(fd, memoryview(shard.head), 0)
+            fds[shard.name] = fd
+        run_all(_jobs(layout, fds), work, threads)
+    return {name: fsum(values) for name, values in sums.items()}
+
+
+def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute]:
+    for shard in layout.shards:
+        yield from _shard_jobs(layout.checkpoint, shard, fds[shard.name])
+
+
+def _shard_jobs(checkpoint: Checkpoint, shard: Shard, fd: int) -> Iterator[_Copy | _Compute]:
+    for name, offset in shard.offsets.items():
+        tensor = checkpoint[name]
+        if (spans := tensor.file_spans()) is not None:
+            for span in spans:
+                for start in range(0, span.length, COPY_BYTES):
+                    part = span.part(start, min(start + COPY_BYTES, span.length))
+                    yield fd, part, offset + start
+                offset += span.length
+        else:
+            row = tensor.width * tensor.dtype.bits // 8
+            for start, stop in tensor.blocks(BLOCK_ELEMENTS):
+                yield fd, name, tensor, start, stop, offset + start * row
+
+
+def _compute(
+    fd: int, tensor: LazyTensor, start: int, stop: int, offset: int
+) -> tuple[int, float | None]:
+    """Write rows at `offset` of the file. Returns the bytes written, and the rows' tally."""
+    tally = None
+    if tensor.tally is not None and tensor.kernel is not None:
+        inputs = tensor.read_inputs(start, stop)
+        tally = tensor.tally(*inputs)
+        rows = tensor.kernel(*inputs)
+    else:
+        rows = tensor.read(start, stop)
+    assert rows.dtype == tensor.dtype.torch
+    assert rows.numel() == (stop - start) * tensor.width
+    data = as_bytes(rows.contiguous())
+    _write_at(fd, data, offset)
+    return len(data), tally
+
+
+def _write_at(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data, offset)
+        data, offset = data[done:], offset + done
+
+
+def _copy(fd: int, span: FileSpan, offset: int) -> None:
+    """Copy a span into a file at `offset`, inside the system where it can."""
+    done = 0
+    source = span.file.descriptor
+    while done < span.length and hasattr(os, "copy_file_range"):
+        try:
+            got = os.copy_file_range(
+                source.fd, fd, span.length - done, span.offset + done, offset + done
+            )
+        except OSError as error:
+            if error.errno in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
+                break  # not between these two files: read and write
+            raise
+        if got == 0:
+            break  # the file has ended, which read_into reports, or can't be copied from
+        done += got
+    buffer = bytearray(min(1 << 20, span.length - done))
+    while done < span.length:
+        part = memoryview(buffer)[: span.length - done]
+        span.file.read_into(part, span.offset + done)
+        _write_at(fd, part, offset + done)
+        done += len(part)
+
+
+def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) -> None:
+    checkpoint = layout.checkpoint
+    made: dict[str, Path | bytes] = dict(checkpoint.companions)
+    made |= model_card(layout, record)
+    if checkpoint.config:
+        made["config.json"] = config_bytes(checkpoint)
+    if layout.index is not None:
+        made["model.safetensors.index.json"] = layout.index
+    made["surgery.json"] = record_bytes(record)
+    for name, content in made.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+
+
+def _check_staged(layout: Plan, staged: Checkpoint) -> None:
+    """What was written, read back from the files, is what was planned."""
+    wanted = {name: (t.shape, t.dtype) for name, t in layout.checkpoint.items()}
+    found = {name: (t.shape, t.dtype) for name, t in staged.items()}
+    if wanted != found:
+        names = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
+        raise OutputError(f"what was written isn't what was planned: {', '.join(names[:5])}")
