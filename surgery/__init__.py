@@ -21,7 +21,7 @@ from surgery.errors import (
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.tensor import LazyTensor
-from surgery.verification import Verification, verify
+from surgery.verification import Verification, certify, find_growths, verify
 from surgery.writing import Plan, Written, plan, write
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "Verification",
     "VerificationError",
     "Written",
+    "certify",
+    "find_growths",
     "grow",
     "lines",
     "open_checkpoint",

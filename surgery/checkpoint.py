@@ -268,11 +268,13 @@ def _headers(source: Source, files: list[str]) -> tuple[dict[str, Header], dict[
 
 
 def _stays_inside(path: Path, folder: Path) -> None:
-    """Refuse a link out of the checkpoint. The Hub's cache links snapshots to blobs beside them."""
-    root = folder.resolve()
-    if root.parent.name == "snapshots" and (root.parent.parent / "blobs").is_dir():
-        root = root.parent.parent
-    if path.is_symlink() and not path.resolve().is_relative_to(root):
+    """Refuse a link out of the checkpoint. The Hub's cache links a snapshot's files to blobs
+    beside the snapshots; where those lead is the cache's business."""
+    if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()):
+        return
+    repository = folder.absolute().parent.parent
+    first_hop = Path(os.path.normpath(path.absolute().parent / path.readlink()))
+    if folder.absolute().parent.name != "snapshots" or first_hop.parent != repository / "blobs":
         raise FormatError(
             f"{path} is a link to {path.resolve()}, outside the checkpoint: put the file there"
         )

@@ -15,7 +15,7 @@ from surgery.anatomy import MLP, Projection
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
-from surgery.operations.layers import parse_layers
+from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.pairs import check_unquantized
 from surgery.operations.tying import settled_config
 from surgery.operations.widths import widened_config
@@ -172,17 +172,6 @@ def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int) -> 
         scores = neuron_norms(base, mlp)
     best = scores.argsort(descending=True, stable=True)[:count]
     return as_ranges(sorted(best.tolist()))
-
-
-def as_ranges(numbers: Sequence[int]) -> Ranges:
-    """Ascending numbers as half-open ranges."""
-    ranges: list[tuple[int, int]] = []
-    for number in numbers:
-        if ranges and ranges[-1][1] == number:
-            ranges[-1] = (ranges[-1][0], number + 1)
-        else:
-            ranges.append((number, number + 1))
-    return tuple(ranges)
 
 
 def _padding(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:

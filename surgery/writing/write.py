@@ -17,7 +17,7 @@ from typing import Any
 from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.errors import OutputError, SurgeryError
 from surgery.files import FileSpan, as_bytes
-from surgery.parallel import Progress, run_all
+from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import LazyTensor
 from surgery.writing.card import model_card
 from surgery.writing.config import config_bytes
@@ -27,6 +27,8 @@ from surgery.writing.staging import check_target, publish, staging
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements computed at a time: 1 MB in float32, which stays in the cache of a core."""
+BARE_MEMORY = 250_000_000
+"""Bytes that a Python process with torch in it takes before it does anything."""
 COPY_BYTES = 1 << 26
 """Bytes copied at a time: enough to keep calls few, little enough to share among threads."""
 
@@ -103,6 +105,17 @@ def _named(folder: Path) -> Iterator[None]:
         reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
         where = error.filename or folder
         raise OutputError(f"writing to {where} failed: {reason}; nothing was kept") from error
+
+
+def peak_memory(layout: Plan, threads: int | None = None) -> int:
+    """Bytes of memory that writing takes at its peak, about: Python and torch, and what each
+    thread holds of a block: its inputs, as many temporaries, and the result."""
+    most = 0
+    for name in layout.computed:
+        tensor = layout.checkpoint[name]
+        rows = max([tensor.width, BLOCK_ELEMENTS] if tensor.rowwise else [tensor.numel])
+        most = max(most, rows * 4 * (2 * len(tensor.inputs) + 1))
+    return BARE_MEMORY + (threads or default_threads()) * most
 
 
 # One thing to do: bytes to copy to an offset, or rows to compute.

@@ -1,0 +1,5 @@
+"""`surgery demo`."""
+
+
+def demo() -> None:
+    """Placeholder."""

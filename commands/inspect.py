@@ -1,0 +1,155 @@
+"""`surgery inspect`: what a checkpoint is, from headers alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import MODEL, AsJson
+from .output import block_ranges, console, count, print_json, size, table
+
+if TYPE_CHECKING:
+    from surgery import Checkpoint
+
+
+def inspect(model: Annotated[str, typer.Argument(help=MODEL)], json: AsJson = False) -> None:
+    """Show what a checkpoint is and what was recognised in it, from headers alone."""
+    from surgery import open_checkpoint
+
+    report = describe(open_checkpoint(model, headers_only=True))
+    if json:
+        print_json(report)
+    else:
+        _print(report)
+
+
+def describe(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The report as plain data."""
+    from surgery.anatomy.infer import HEAD_KEYS, first, text_config
+
+    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
+    return {
+        "model": checkpoint.source.reference,
+        "revision": checkpoint.source.revision,
+        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "model_type": checkpoint.config.get("model_type"),
+        "parameters": checkpoint.numel,
+        "bytes": checkpoint.nbytes,
+        "tensors": len(checkpoint),
+        "dtypes": dict(Counter(tensor.dtype.name for tensor in checkpoint.values())),
+        "files": dict(checkpoint.files),
+        "heads": first(config, HEAD_KEYS),
+        "key_value_heads": first(config, ("num_key_value_heads",)),
+        "embedding": anatomy.embedding,
+        "head": anatomy.head,
+        "tied": anatomy.tied,
+        "quantization": checkpoint.quantization,
+        "blocks": _blocks(checkpoint),
+        "unrecognised": anatomy.unrecognised,
+        "notes": [*checkpoint.notes, *anatomy.notes],
+        "companions": sorted(checkpoint.companions),
+        "left_behind": list(checkpoint.left_behind),
+    }
+
+
+def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+    """Every block: its parameters, its MLP, and why that can't be grown if so."""
+    anatomy = checkpoint.anatomy
+    parameters: Counter[tuple[str, int]] = Counter()
+    for name, place in anatomy.places.items():
+        if place.stack is not None and place.block is not None:
+            parameters[place.stack, place.block] += checkpoint[name].numel
+    described = []
+    for stack, depth in anatomy.stacks.items():
+        for block in range(depth):
+            mlp = anatomy.mlps.get((stack, block))
+            described.append(
+                {
+                    "stack": stack,
+                    "block": block,
+                    "parameters": parameters[stack, block],
+                    "mlp": None
+                    if mlp is None
+                    else {
+                        "width": mlp.width,
+                        "hidden": mlp.hidden,
+                        "gated": mlp.gated,
+                        "fused": mlp.ups[0].parts == 2,
+                        "layout": "in, out" if mlp.down.in_out else "out, in",
+                        "tensors": list(mlp.tensors),
+                    },
+                    "no_growth": anatomy.no_growth.get((stack, block)),
+                }
+            )
+    return described
+
+
+def _print(report: dict[str, Any]) -> None:
+    out = console()
+    facts = table("", "", left=("",))
+    facts.show_header = False
+    for column in facts.columns:
+        column.justify = "left"
+        column.no_wrap = False
+    dtypes = ", ".join(f"{name} ({n:,})" for name, n in report["dtypes"].items())
+    heads = report["heads"] and (
+        f"{report['heads']}"
+        + (f", {report['key_value_heads']} for keys" if report["key_value_heads"] else "")
+    )
+    where = report["head"] or (f"tied to {report['embedding']}" if report["tied"] else None)
+    for label, value in (
+        ("model", report["model"]),
+        ("revision", report["revision"]),
+        ("architecture", report["architecture"] or report["model_type"]),
+        ("parameters", f"{count(report['parameters'])} in {report['tensors']:,} tensors"),
+        ("types", dtypes),
+        ("files", f"{len(report['files'])}, {size(report['bytes'])}"),
+        ("attention heads", heads),
+        ("head", where),
+        ("quantization", report["quantization"]),
+    ):
+        if value:
+            facts.add_row(label, str(value))
+    out.print(facts)
+    if report["blocks"]:
+        out.print(_block_table(report["blocks"]))
+    for title, key in (
+        ("Not recognised (copied as they are)", "unrecognised"),
+        ("Noticed", "notes"),
+        ("Files that don't travel", "left_behind"),
+    ):
+        if report[key]:
+            out.print(f"[bold]{title}[/]")
+            for line in report[key][:20]:
+                out.print(f"  {line}", markup=False)
+            if len(report[key]) > 20:
+                out.print(f"  and {len(report[key]) - 20:,} more")
+
+
+def _block_table(blocks: list[dict[str, Any]]) -> Any:
+    """One row for each run of like blocks."""
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for block in blocks:
+        mlp = block["mlp"] or {}
+        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"))
+        key = (block["stack"], block["parameters"], *look, block["no_growth"])
+        alike.setdefault(key, []).append(block["block"])
+    made = table(
+        "stack", "blocks", "parameters each", "MLP width", "MLP", "stored", "grow",
+        left=("stack", "blocks", "MLP", "stored", "grow"),
+    )  # fmt: skip
+    made.columns[-1].no_wrap = False
+    for (stack, parameters, width, gated, fused, layout, reason), numbers in alike.items():
+        kind = "gated" if gated else "plain"
+        made.add_row(
+            stack,
+            block_ranges(numbers),
+            count(parameters),
+            f"{width:,}" if width else "",
+            f"{kind}, fused" if fused else kind if width else "none recognised",
+            layout or "",
+            reason or ("yes" if width else "no"),
+        )
+    return made

@@ -1,0 +1,97 @@
+"""`surgery`: the verbs, and what an error becomes on the way out.
+
+Nothing heavy is imported before a verb runs: `surgery --help` needs no torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Annotated, ParamSpec
+
+import typer
+
+from surgery.errors import SurgeryError
+
+from .demo import demo
+from .grow import grow
+from .inspect import inspect
+from .lines import lines
+from .verify import verify
+
+INTERRUPTED = 130
+SHOWN = 12
+"""Problems of one error that are printed; a wrong pair of models can have thousands."""
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 2 an argument that can't be meant; 3 something wrong with an input; "
+    "4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
+    "failed, and nothing was written; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="surgery",
+    help="Post-hoc surgery on model checkpoints.",
+    epilog=EXIT_CODES,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+P = ParamSpec("P")
+
+
+def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
+    """Turn an error of ours into its message on stderr and its exit code."""
+
+    @functools.wraps(verb)
+    def run_verb(*args: P.args, **kwargs: P.kwargs) -> None:
+        try:
+            verb(*args, **kwargs)
+        except SurgeryError as error:
+            for problem in error.problems[:SHOWN]:
+                print(f"error: {problem}", file=sys.stderr)
+            if len(error.problems) > SHOWN:
+                print(
+                    f"error: and {len(error.problems) - SHOWN:,} more like these", file=sys.stderr
+                )
+            raise typer.Exit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("interrupted: nothing was written under the final name", file=sys.stderr)
+            raise typer.Exit(INTERRUPTED) from None
+
+    return run_verb
+
+
+for verb in (inspect, lines, grow, verify, demo):
+    app.command()(with_exit_codes(verb))
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(version("model-surgery"))
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Post-hoc surgery on model checkpoints."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt  # a job scheduler's SIGTERM cleans up as Ctrl-C does
+
+
+def run() -> None:
+    """The console script."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()

@@ -1,0 +1,74 @@
+"""Arguments and options that several verbs share."""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+MODEL = "A directory, a .safetensors file, or a Hub id org/name[@revision]."
+
+
+class Device(str, Enum):
+    """Where models are run for verification."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class VerifyDtype(str, Enum):
+    """The type that models are run in for verification."""
+
+    float32 = "float32"
+    float64 = "float64"
+
+
+def parse_size(text: str) -> int:
+    """Bytes, from "5GB" or "200MB" (powers of ten, as on the Hub)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)B?\s*", text, re.IGNORECASE)
+    size = (
+        int(float(match.group(1)) * 1000 ** " KMGT".index(match.group(2).upper() or " "))
+        if match
+        else 0
+    )
+    if size < 1:
+        raise typer.BadParameter(f"{text!r} isn't a size such as 5GB or 200MB")
+    return size
+
+
+Out = Annotated[
+    Path, typer.Option("--out", "-o", help="The directory to write; it must not exist yet.")
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output directory, as a whole.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run", help="From headers alone, show what would be written; write nothing."
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+MaxShardSize = Annotated[
+    int,
+    typer.Option(
+        "--max-shard-size", parser=parse_size, metavar="SIZE", help="Largest shard, such as 5GB."
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, help="Worker threads; the result doesn't depend on it."),
+]
+Logits = Annotated[
+    bool,
+    typer.Option("--logits/--no-logits", help="Compare logits too, or rely on the weights alone."),
+]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the models are run.")]
+VerifyDtypeOption = Annotated[
+    VerifyDtype, typer.Option("--verify-dtype", help="The type in which the models are run.")
+]

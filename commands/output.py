@@ -1,0 +1,174 @@
+"""What verbs print: results on stdout, progress and notes on stderr."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from threading import Lock
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from surgery import Plan
+    from surgery.parallel import Progress
+
+PLAIN_INTERVAL = 5.0
+"""Seconds between two lines of progress where the output is no terminal."""
+
+
+def command_line() -> str:
+    """The command as it was given, for the record."""
+    return shlex.join(["surgery", *sys.argv[1:]])
+
+
+def print_json(value: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def console() -> Console:
+    """Where tables go. Piped output isn't cut to 80 columns."""
+    from rich.console import Console
+
+    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120, highlight=False)
+
+
+def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
+    """A table whose columns are figures, but for those named in `left`."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
+    for column in columns:
+        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+    return made
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 2.20 GB."""
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "bytes" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def count(number: float) -> str:
+    """A number of parameters for people: 1.10B."""
+    for unit in ("", "K", "M", "B"):
+        if number < 1000:
+            return f"{number:.0f}" if not unit else f"{number:.3g}{unit}"
+        number /= 1000
+    return f"{number:.3g}T"
+
+
+def block_ranges(blocks: Sequence[int]) -> str:
+    """Ascending block numbers, shortened: 0-3,7."""
+    from surgery.operations.layers import as_ranges
+
+    return ",".join(f"{a}-{b - 1}" if b - a > 1 else f"{a}" for a, b in as_ranges(blocks))
+
+
+@contextmanager
+def progress(label: str, total: int) -> Iterator[Progress]:
+    """Show bytes done of `total`: a bar on a terminal, a line now and then elsewhere."""
+    if sys.stderr.isatty():
+        yield from _bar(label, total)
+        return
+    lock, start = Lock(), time.monotonic()
+    done, said = 0, start
+
+    def advance(nbytes: int) -> None:
+        nonlocal done, said
+        with lock:
+            done += nbytes
+            now = time.monotonic()
+            if now - said >= PLAIN_INTERVAL:
+                said = now
+                print(f"{label}: {size(done)} of {size(total)}", file=sys.stderr, flush=True)
+
+    yield advance
+    seconds = time.monotonic() - start
+    print(f"{label}: {size(total)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+
+
+def _bar(label: str, total: int) -> Iterator[Progress]:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bars:
+        task = bars.add_task(label, total=total)
+        yield lambda nbytes: bars.advance(task, nbytes)
+
+
+def note(text: str) -> None:
+    """A line on stderr."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def plan_as_json(layout: Plan, free: int, memory: int) -> dict[str, Any]:
+    """What would be written."""
+    checkpoint = layout.checkpoint
+    return {
+        "shards": [
+            {"name": shard.name, "bytes": shard.size, "tensors": len(shard.offsets)}
+            for shard in layout.shards
+        ],
+        "companions": sorted(checkpoint.companions),
+        "left_behind": list(checkpoint.left_behind),
+        "tensors": {
+            "computed": list(layout.computed),
+            "copied": list(layout.copied),
+            "untouched": list(layout.untouched),
+            "unrecognised": checkpoint.anatomy.unrecognised,
+        },
+        "bytes_needed": layout.bytes_needed,
+        "bytes_free": free,
+        "memory_peak": memory,
+        "notes": [*checkpoint.notes, *checkpoint.anatomy.notes],
+    }
+
+
+def print_plan(plan: Mapping[str, Any], target: object) -> None:
+    """A plan for people."""
+    out = console()
+    shards = table("shard", "size", "tensors", left=("shard",))
+    for shard in plan["shards"]:
+        shards.add_row(shard["name"], size(shard["bytes"]), f"{shard['tensors']:,}")
+    out.print(f"Would write to {target}, and nothing was read but headers:")
+    out.print(shards)
+    tensors = plan["tensors"]
+    out.print(
+        f"tensors   {len(tensors['computed']):,} computed, {len(tensors['copied']):,} made of rows "
+        f"that are copied, {len(tensors['untouched']):,} untouched"
+    )
+    if tensors["unrecognised"]:
+        out.print(f"          not recognised: {', '.join(tensors['unrecognised'][:8])}")
+    out.print(f"files     {', '.join(plan['companions']) or 'none'} travel along")
+    if plan["left_behind"]:
+        out.print(f"          left behind: {', '.join(plan['left_behind'])}")
+    enough = "" if plan["bytes_needed"] <= plan["bytes_free"] else "  NOT ENOUGH"
+    out.print(f"disk      {size(plan['bytes_needed'])} of {size(plan['bytes_free'])} free{enough}")
+    out.print(f"memory    about {size(plan['memory_peak'])} at the peak")
+    for text in plan["notes"]:
+        out.print(f"note      {text}")

@@ -1,0 +1,72 @@
+"""The proofs, with progress, and how they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Literal
+
+from .output import console, note, progress, size, table
+
+if TYPE_CHECKING:
+    from surgery import Checkpoint, Verification
+    from surgery.growth import Growth
+
+
+def prove(
+    base: Checkpoint,
+    other: Checkpoint,
+    growths: Sequence[Growth],
+    *,
+    logits: bool,
+    device: str,
+    dtype: Literal["float32", "float64"],
+    threads: int | None,
+) -> Verification:
+    """`surgery.verify`, saying what it is at."""
+    from surgery import Verification, certify
+    from surgery.verification import compare_logits
+
+    certificate = None
+    if growths:
+        with progress("certificate", other.nbytes) as advance:
+            certificate = certify(base, other, growths, threads=threads, progress=advance)
+    compared = None
+    if logits:
+        note(f"comparing logits in {dtype}")
+        compared = compare_logits(base, other, device=device, dtype=dtype)
+    return Verification(certificate, compared)
+
+
+def print_verification(verification: Verification) -> None:
+    """The proofs for people."""
+    out = console()
+    rows = table("check", "result", "", left=("check", "result", ""))
+    if (certificate := verification.certificate) is not None:
+        rows.add_row(
+            "certificate",
+            _mark(certificate.holds),
+            f"{certificate.tensors_compared:,} tensors, {certificate.grown_mlps:,} grown MLPs, "
+            f"{size(certificate.bytes_compared)} compared",
+        )
+    if (logits := verification.logits) is not None:
+        judged = verification.certificate is not None
+        rows.add_row(
+            "logits",
+            _mark(logits.same) if judged else "[bold]drift[/]",
+            f"{logits.tokens} random tokens, {logits.dtype} on {logits.device}",
+        )
+        limit = "" if logits.threshold is None else f"; rounding explains {logits.threshold:.2g}"
+        rows.add_row("", "", f"max |d| {logits.max_difference:.2g}{limit}")
+        rows.add_row("", "", f"relative to max |logit| {logits.relative:.2g}")
+        if logits.kl_mean is not None and logits.top1 is not None:
+            rows.add_row("", "", f"KL mean {logits.kl_mean:.2g}, max {logits.kl_max:.2g} nats")
+            rows.add_row("", "", f"the same first choice on {logits.top1:.1%} of the tokens")
+        if logits.first_departure is not None:
+            rows.add_row("", "", f"first block to depart: {logits.first_departure}")
+        if logits.uninitialised:
+            rows.add_row("", "", f"not in the files: {', '.join(logits.uninitialised)}")
+    out.print(rows)
+
+
+def _mark(good: bool) -> str:
+    return "[bold green]holds[/]" if good else "[bold red]FAILS[/]"

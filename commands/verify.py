@@ -1,0 +1,55 @@
+"""`surgery verify`: compare two checkpoints on disk."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from .options import (
+    MODEL,
+    AsJson,
+    Device,
+    DeviceOption,
+    Logits,
+    Threads,
+    VerifyDtype,
+    VerifyDtypeOption,
+)
+from .output import console, print_json
+from .proof import print_verification, prove
+
+
+def verify(
+    base: Annotated[str, typer.Argument(help=MODEL)],
+    other: Annotated[str, typer.Argument(help="The model to compare with it.")],
+    logits: Logits = True,
+    device: DeviceOption = Device.auto,
+    verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Prove that a grown model computes what its base does, or show how far two models drifted.
+
+    If OTHER was grown from BASE, its weights have to pass the certificate and its logits have to
+    agree (exit code 6 otherwise). Of two other models the logits are compared and reported.
+    """
+    import surgery
+
+    first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
+    verification = prove(
+        first,
+        second,
+        surgery.find_growths(first, second),
+        logits=logits,
+        device=device.value,
+        dtype=verify_dtype.value,
+        threads=threads,
+    )
+    if json:
+        print_json(verification.as_json())
+    else:
+        print_verification(verification)
+        if verification.certificate is None:
+            console().print("OTHER wasn't grown from BASE: nothing has to hold, this is the drift.")
+    verification.require()
