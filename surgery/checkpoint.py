@@ -12,16 +12,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from surgery.anatomy import Anatomy, infer
 from surgery.errors import FormatError, InputError, NotFoundError
-from surgery.files import FileSpan, InputFile
+from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
 from surgery.hub import Source, resolve
-from surgery.tensor import LazyTensor
-
-if TYPE_CHECKING:
-    from surgery.anatomy import Anatomy
+from surgery.tensor import FileSpan, LazyTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
 RECORD = "surgery.json"
@@ -103,9 +101,7 @@ class Checkpoint(Mapping[str, LazyTensor]):
     @cached_property
     def anatomy(self) -> Anatomy:
         """What each tensor is, inferred from names, shapes and the config."""
-        from surgery.anatomy import infer
-
-        return infer(self)
+        return infer(self.tensors, self.config)
 
     @property
     def quantization(self) -> str | None:

@@ -1,4 +1,4 @@
-"""Bytes of a file: reading a range of them into a tensor, without mapping the file.
+"""Bytes of a file: reading a range of them into memory, without mapping the file.
 
 `pread` and not `mmap`: a mapped file that shrinks or vanishes under us kills the process, and a
 short read is an error with a name.
@@ -12,12 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from surgery.errors import FormatError, InputError, NotFoundError, UnsupportedError
+from surgery.errors import FormatError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     import torch
-
-    from surgery.tensor import LazyTensor
 
 
 class _Descriptor:
@@ -65,36 +63,6 @@ class InputFile:
                     f"it was cut short while it was read"
                 )
             done += got
-
-
-@dataclass(frozen=True)
-class FileSpan:
-    """`length` bytes of `file` from byte `offset`: the leaf of a tensor that lies in a file."""
-
-    file: InputFile
-    offset: int
-    length: int
-
-    def part(self, start: int, stop: int) -> FileSpan:
-        """Bytes `start` to `stop` of this span."""
-        assert 0 <= start <= stop <= self.length
-        return FileSpan(self.file, self.offset + start, stop - start)
-
-    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
-        """Rows `start` to `stop` of `tensor`, whose bytes these are."""
-        import torch
-
-        row_bits = tensor.width * tensor.dtype.bits
-        if row_bits % 8:
-            raise UnsupportedError(
-                f"{self.file.path}: a row of {tensor.width} {tensor.dtype} values isn't whole "
-                f"bytes, so the tensor can only be copied"
-            )
-        shape = (stop - start, tensor.width) if len(tensor.shape) > 1 else (stop - start,)
-        out = torch.empty(shape, dtype=tensor.dtype.torch)
-        if out.numel():
-            self.file.read_into(as_bytes(out), self.offset + start * row_bits // 8)
-        return out
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

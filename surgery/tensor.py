@@ -17,7 +17,8 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from surgery.dtypes import DType
-from surgery.files import FileSpan
+from surgery.errors import UnsupportedError
+from surgery.files import InputFile, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -31,6 +32,35 @@ class Leaf(Protocol):
     """Where the rows of a tensor without inputs come from: a file, or values made on demand."""
 
     def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class FileSpan:
+    """`length` bytes of `file` from byte `offset`: the leaf of a tensor that lies in a file."""
+
+    file: InputFile
+    offset: int
+    length: int
+
+    def part(self, start: int, stop: int) -> FileSpan:
+        """Bytes `start` to `stop` of this span."""
+        assert 0 <= start <= stop <= self.length
+        return FileSpan(self.file, self.offset + start, stop - start)
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        """Rows `start` to `stop` of `tensor`, whose bytes these are."""
+        import torch
+
+        row_bits = tensor.width * tensor.dtype.bits
+        if row_bits % 8:
+            raise UnsupportedError(
+                f"{self.file.path}: a row of {tensor.width} {tensor.dtype} values isn't whole "
+                f"bytes, so the tensor can only be copied"
+            )
+        out = torch.empty(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
+        if out.numel():
+            self.file.read_into(as_bytes(out), self.offset + start * row_bits // 8)
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +108,10 @@ class LazyTensor:
     def nbytes(self) -> int:
         return self.numel * self.dtype.bits // 8
 
+    def shape_of(self, rows: int) -> tuple[int, ...]:
+        """The shape in which `rows` rows are read."""
+        return (rows, self.width) if len(self.shape) > 1 else (rows,)
+
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (all by default): shape (rows, width), or (rows,) for a vector.
 
@@ -92,8 +126,7 @@ class LazyTensor:
         if self.rowwise:
             return self.kernel(*self.read_inputs(start, stop))
         whole = self.kernel(*(tensor.whole() for tensor in self.inputs))
-        flat = whole.reshape(self.rows, self.width) if len(self.shape) > 1 else whole.reshape(-1)
-        return flat[start:stop]
+        return whole.reshape(self.shape_of(self.rows))[start:stop]
 
     def read_inputs(self, start: int, stop: int) -> list[torch.Tensor]:
         """These rows of every input of a row-wise kernel."""

@@ -39,8 +39,7 @@ class _Zeros:
     def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
         import torch
 
-        shape = (stop - start, tensor.width) if len(tensor.shape) > 1 else (stop - start,)
-        return torch.zeros(shape, dtype=tensor.dtype.torch)
+        return torch.zeros(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,5 +68,4 @@ class _Noise:
         generator.advance(first // 4)
         words = generator.random_raw(last - first + first % 4)[first % 4 :]
         values = (words >> numpy.uint64(40)).astype(numpy.float32) * numpy.float32(2**-23) - 1
-        shape = (stop - start, tensor.width) if len(tensor.shape) > 1 else (stop - start,)
-        return torch.from_numpy(values.astype(numpy.float32)).reshape(shape)
+        return torch.from_numpy(values.astype(numpy.float32)).reshape(tensor.shape_of(stop - start))

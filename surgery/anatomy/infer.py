@@ -5,15 +5,12 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
-
-if TYPE_CHECKING:
-    from surgery.checkpoint import Checkpoint
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 HIDDEN_KEYS = ("hidden_size", "n_embd", "d_model", "dim", "n_embed", "model_dim")
@@ -46,22 +43,21 @@ class Anatomy:
         return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]
 
 
-def infer(checkpoint: Checkpoint) -> Anatomy:
+def infer(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Anatomy:
     """The anatomy of a checkpoint, from headers and config alone."""
-    config = text_config(checkpoint.config)
-    places, stacks = find_places(checkpoint.tensors, first(config, DEPTH_KEYS))
-    embedding = _embedding(checkpoint.tensors, places)
-    hidden = first(config, HIDDEN_KEYS)
+    part = text_config(config)
+    places, stacks = find_places(tensors, first(part, DEPTH_KEYS))
+    embedding = _embedding(tensors, places)
+    hidden = first(part, HIDDEN_KEYS)
     if hidden is None and embedding is not None:
-        hidden = checkpoint[embedding].shape[-1]
-    mlps, no_growth = _mlps(checkpoint, places, hidden, _widths(config))
+        hidden = tensors[embedding].shape[-1]
+    mlps, no_growth = _mlps(tensors, places, hidden, _widths(part))
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
-                place = places[name]
-                places[name] = Place(Role.MLP, place.inner, place.stack, place.block)
-    head = _head(checkpoint.tensors, places, embedding)
-    tied, notes = _tying(checkpoint, embedding, head)
+                places[name] = replace(places[name], role=Role.MLP)
+    head = _head(tensors, places, embedding)
+    tied, notes = _tying(config, embedding, head)
     return Anatomy(places, stacks, mlps, no_growth, embedding, head, tied, notes)
 
 
@@ -86,7 +82,10 @@ def _widths(config: Mapping[str, Any]) -> set[int]:
 
 
 def _mlps(
-    checkpoint: Checkpoint, places: Mapping[str, Place], hidden: int | None, widths: set[int]
+    tensors: Mapping[str, LazyTensor],
+    places: Mapping[str, Place],
+    hidden: int | None,
+    widths: set[int],
 ) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
     blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
     mixtures: set[tuple[str, int]] = set()
@@ -94,21 +93,21 @@ def _mlps(
         if place.stack is None or place.block is None:
             continue
         if place.role in (Role.UNKNOWN, Role.NORM):
-            blocks[place.stack, place.block][name] = checkpoint[name]
+            blocks[place.stack, place.block][name] = tensors[name]
         elif place.role in (Role.EXPERT, Role.ROUTER):
             mixtures.add((place.stack, place.block))
     mlps: dict[tuple[str, int], MLP] = {}
     no_growth: dict[tuple[str, int], str] = {}
-    for key, tensors in blocks.items():
+    for key, block in blocks.items():
         if hidden is None:
             no_growth[key] = "the hidden size is unknown: there is no config and no embedding"
             continue
-        mlp = find_mlp(*key, tensors, hidden, widths)
+        mlp = find_mlp(*key, block, hidden, widths)
         if isinstance(mlp, str):
             no_growth[key] = mlp
         elif mlp is not None:
             mlps[key] = mlp
-            if others := follows_width(mlp, tensors):
+            if others := follows_width(mlp, block):
                 no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
     for key in mixtures:
         no_growth[key] = "it is a mixture of experts, whose growth isn't there yet"
@@ -142,13 +141,12 @@ def _head(
 
 
 def _tying(
-    checkpoint: Checkpoint, embedding: str | None, head: str | None
+    config: Mapping[str, Any], embedding: str | None, head: str | None
 ) -> tuple[bool, tuple[str, ...]]:
     """Whether head and embedding are one, and what is odd about what config and files say."""
-    says = checkpoint.config.get(
-        "tie_word_embeddings", text_config(checkpoint.config).get("tie_word_embeddings")
-    )
-    classes = checkpoint.config.get("architectures") or [""]
+    key = "tie_word_embeddings"
+    says = config.get(key, text_config(config).get(key))
+    classes = config.get("architectures") or [""]
     with_head = any(word in str(classes[0]) for word in ("ForCausalLM", "LMHead", "MaskedLM"))
     if says is False and head is None and with_head and embedding is not None:
         note = "tie_word_embeddings is false, and no head is stored: it is taken to be tied to"

@@ -10,7 +10,7 @@ from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, te
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
-from surgery.modeling import MODELING_FILE, modeling_file, without_auto_map
+from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_map
 
 
 def widened_config(

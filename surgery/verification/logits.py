@@ -166,7 +166,8 @@ def _inputs(base: Checkpoint, seed: int) -> torch.Tensor:
 def _run(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, inputs: torch.Tensor) -> _Run:
     import torch
 
-    from surgery.verification.models import block_modules, build_model
+    from surgery.modeling.build import build_model
+    from surgery.modeling.stock import block_modules
 
     built = build_model(checkpoint, dtype, device)
     kept: dict[str, torch.Tensor] = {}

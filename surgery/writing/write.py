@@ -16,9 +16,9 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint, open_checkpoint
 from surgery.errors import OutputError, SurgeryError
-from surgery.files import FileSpan, as_bytes
+from surgery.files import as_bytes
 from surgery.parallel import Progress, default_threads, run_all
-from surgery.tensor import LazyTensor
+from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.card import model_card
 from surgery.writing.config import config_bytes
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan

@@ -1,0 +1,107 @@
+"""transformers models from a config and lazy tensors, without a file and without remote code.
+
+The weights go through transformers' own loader (names converted, experts packed, heads tied), so
+that what is verified is what a user will load.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy.infer import WIDTHS_KEY
+from surgery.checkpoint import Checkpoint
+from surgery.errors import UnsupportedError
+from surgery.modeling.quiet import quiet
+from surgery.modeling.stock import build_config, model_class
+from surgery.modeling.widths import MODELING_FILE, load_classes, modeling_file
+from surgery.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model in evaluation mode, and the parameters that no tensor was there for."""
+
+    model: Any
+    missing: tuple[str, ...]
+
+
+def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Built:
+    """The model with the checkpoint's weights, evaluated one tensor at a time.
+
+    Raises UnsupportedError if the weights don't fit the architecture.
+    """
+    import torch
+
+    cls = _class_to_build(checkpoint)
+    state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
+    options: dict[str, Any] = {"attn_implementation": "eager"}  # sdpa has no soft cap (Gemma 2)
+    if cls._can_set_experts_implementation():
+        options["experts_implementation"] = "eager"  # grouped_mm has no float64
+    if device != "cpu":
+        options["device_map"] = {"": device}
+    config = build_config(checkpoint.config)
+    with quiet() as messages, _one_at_a_time(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # parameters that the checkpoint lacks are alike on both sides
+        try:
+            model, info = cls.from_pretrained(
+                None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                output_loading_info=True,
+                **options,
+            )
+        except (RuntimeError, ValueError) as error:
+            raise UnsupportedError(
+                f"{checkpoint.source.reference}: transformers can't load the weights into "
+                f"{cls.__name__}: " + "; ".join([*messages, str(error)])
+            ) from error
+    for part in (model.config, model.config.get_text_config()):
+        part.use_cache = False
+    return Built(model.eval(), tuple(sorted(info["missing_keys"])))
+
+
+def _class_to_build(checkpoint: Checkpoint) -> Any:
+    """The stock class, or ours of the same name where layers differ in width. The modeling file
+    is made anew: what lies beside the shards isn't run."""
+    cls = model_class(checkpoint.config)
+    if WIDTHS_KEY not in checkpoint.config:
+        return cls
+    made = checkpoint.companions.get(MODELING_FILE)
+    if not isinstance(made, bytes):
+        _, made = modeling_file(checkpoint, list(checkpoint.anatomy.mlps.values()))
+    return getattr(load_classes(made), cls.__name__)
+
+
+class _OnDemand:
+    """What the loader needs of a value of a state dict: `value[...]`, once."""
+
+    def __init__(self, tensor: LazyTensor) -> None:
+        self._tensor = tensor
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        if index is not Ellipsis:
+            raise TypeError("this tensor is read whole")
+        return self._tensor.whole()
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Have transformers load tensors in this thread, so that one is in memory at a time."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before

@@ -1,0 +1,114 @@
+"""The stock classes of transformers for a config, without remote code, and where in a model the
+stacks of a checkpoint are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from surgery.errors import UnsupportedError
+from surgery.modeling.quiet import quiet
+
+_REMOTE_KEYS = ("auto_map", "custom_pipelines")
+_TUNING_KEYS = ("fusion_config", "attn_implementation", "experts_implementation")
+
+
+def build_config(config: Mapping[str, Any]) -> Any:
+    """The config object that AutoConfig would make of `config.json`."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    values = copy.deepcopy(dict(config))
+    for key in (*_REMOTE_KEYS, *_TUNING_KEYS):
+        values.pop(key, None)
+    model_type = values.get("model_type")
+    if model_type == "mistral" and "layer_types" in values:  # AutoConfig's own rule
+        model_type = values["model_type"] = "ministral"
+    if model_type not in CONFIG_MAPPING:
+        raise UnsupportedError(
+            f"the installed transformers doesn't know the model type {model_type!r}, so the "
+            f"model can't be built"
+        )
+    return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def model_class(config: Mapping[str, Any]) -> Any:
+    """The stock class that `architectures` names, or the one for the model type."""
+    import transformers
+    from transformers.models.auto import modeling_auto as auto
+
+    built = build_config(config)
+    for name in built.architectures or ():
+        found = getattr(transformers, name, None)
+        if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+            continue
+        expected = getattr(found, "config_class", None)
+        if expected is not None and isinstance(built, expected):
+            return found
+    for mapping in (
+        auto.MODEL_FOR_CAUSAL_LM_MAPPING,
+        auto.MODEL_FOR_MASKED_LM_MAPPING,
+        auto.MODEL_MAPPING,
+    ):
+        if (found := mapping.get(type(built), None)) is not None:
+            return found[0] if isinstance(found, (tuple, list)) else found
+    raise UnsupportedError(f"transformers has no model class for {type(built).__name__}")
+
+
+def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
+    """Which stock class each of transformers' auto classes builds for this config:
+    {"AutoModelForCausalLM": "LlamaForCausalLM", ...}."""
+    from transformers.models.auto import modeling_auto as auto
+
+    kind = type(build_config(config))
+    found: dict[str, str] = {}
+    for name, holder in vars(auto).items():
+        mapping = getattr(holder, "_model_mapping", None)
+        if name.startswith("AutoModel") and mapping is not None and kind in mapping:
+            stock = mapping[kind]
+            found[name] = (stock[0] if isinstance(stock, (tuple, list)) else stock).__name__
+    return found
+
+
+def block_path(config: Mapping[str, Any], stack: str) -> str:
+    """The path, inside the base model, of the list of blocks that is `stack` on disk."""
+    import torch
+
+    with torch.device("meta"), quiet():
+        model = model_class(config)(build_config(config))
+    blocks = block_modules(model, stack)
+    for name, module in model.base_model.named_modules():
+        if module is blocks:
+            return str(name)
+    raise UnsupportedError(f"{stack} isn't part of the base model of {type(model).__name__}")
+
+
+def block_modules(model: Any, stack: str) -> Any:
+    """The ModuleList that `stack`, named as on disk, became in the model.
+
+    Files of a base model lack the prefix that a model with a head has, and the other way round,
+    so that the longest common ending decides.
+    """
+    from torch import nn
+
+    lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    for wanted in (stack, _renamed(model, stack)):
+        if wanted in lists:
+            return lists[wanted]
+        found = [n for n in lists if n.endswith("." + wanted) or wanted.endswith("." + n)]
+        longest = [n for n in found if len(n) == max(map(len, found))]
+        if len(longest) == 1:
+            return lists[longest[0]]
+    raise UnsupportedError(
+        f"{type(model).__name__} has no list of blocks that is {stack!r}, only {sorted(lists)}"
+    )
+
+
+def _renamed(model: Any, stack: str) -> str:
+    """The stack's name after the renamings that the loader used."""
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    conversions = getattr(model, "_weight_conversions", None) or ()
+    used = [c for c in conversions if isinstance(c, WeightRenaming)]
+    renamed: str = apply_renamings(f"{stack}.0.", used)
+    return renamed.removesuffix(".0.")
