@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from surgery.anatomy import Anatomy, infer
+from surgery.anatomy import Anatomy, infer, settled_config
 from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
@@ -102,6 +102,11 @@ class Checkpoint(Mapping[str, LazyTensor]):
     def anatomy(self) -> Anatomy:
         """What each tensor is, inferred from names, shapes and the config."""
         return infer(self.tensors, self.config)
+
+    @property
+    def settled_config(self) -> dict[str, Any]:
+        """The config, with what it says of tied heads made to agree with the files."""
+        return settled_config(self.config, self.anatomy)
 
     @property
     def quantization(self) -> str | None:

@@ -7,5 +7,6 @@ reported and copied byte for byte.
 from surgery.anatomy.infer import Anatomy, infer
 from surgery.anatomy.mlp import MLP, Projection
 from surgery.anatomy.places import Place, Role
+from surgery.anatomy.tying import settled_config
 
-__all__ = ["MLP", "Anatomy", "Place", "Projection", "Role", "infer"]
+__all__ = ["MLP", "Anatomy", "Place", "Projection", "Role", "infer", "settled_config"]

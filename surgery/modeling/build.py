@@ -46,7 +46,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
         options["experts_implementation"] = "eager"  # grouped_mm has no float64
     if device != "cpu":
         options["device_map"] = {"": device}
-    config = build_config(checkpoint.config)
+    config = build_config(checkpoint.settled_config)
     with quiet() as messages, _one_at_a_time(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # parameters that the checkpoint lacks are alike on both sides
         try:

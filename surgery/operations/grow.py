@@ -7,6 +7,7 @@ and the outgoing weights of each are split among its copies (see kernels/split.p
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from math import ceil, isfinite
 from typing import Literal
@@ -17,7 +18,6 @@ from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
 from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.pairs import check_unquantized
-from surgery.operations.tying import settled_config
 from surgery.operations.widths import widened_config
 from surgery.tensor import LazyTensor, gather
 from surgery.values import noise, table, zeros
@@ -58,11 +58,11 @@ def grow(
         for mlp in mlps
     ]
     if uniform:
-        growths += _padding(base, growths)
+        growths = _padded(base, growths)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
         tensors |= _grown_tensors(base, growth, symmetry_break, seed)
-    config, companions = widened_config(base, settled_config(base), growths)
+    config, companions = widened_config(base, growths)
     edit = Edit(
         "grow",
         {
@@ -174,14 +174,21 @@ def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int) -> 
     return as_ranges(sorted(best.tolist()))
 
 
-def _padding(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
-    """Zero neurons for the layers that stay narrower than the widest of their stack."""
+def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
+    """The growths, with zero neurons for every layer that is narrower than the widest of its
+    stack, whether it was to grow or not."""
+    chosen = {(growth.mlp.stack, growth.mlp.block): growth for growth in growths}
+    most: dict[str, int] = {}
+    for growth in growths:
+        most[growth.mlp.stack] = max(growth.width, most.get(growth.mlp.stack, 0))
     padded = []
-    for stack in {growth.mlp.stack for growth in growths}:
-        wide = {growth.mlp.block: growth.width for growth in growths if growth.mlp.stack == stack}
-        others = [mlp for (s, b), mlp in base.anatomy.mlps.items() if s == stack and b not in wide]
-        most = max(*wide.values(), *(mlp.width for mlp in others), 0)
-        padded += [Growth(mlp, most, (), most - mlp.width) for mlp in others if mlp.width < most]
+    for key, mlp in base.anatomy.mlps.items():
+        if mlp.stack not in most:
+            continue
+        growth = chosen.get(key) or Growth(mlp, mlp.width, ())
+        missing = max(most[mlp.stack], mlp.width) - growth.width
+        if growth.width + missing > mlp.width:
+            padded.append(replace(growth, width=growth.width + missing, padding=missing))
     return padded
 
 

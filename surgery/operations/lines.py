@@ -74,7 +74,7 @@ def lines(
             },
         },
     )
-    return tuned.edited(edit, tensors)
+    return tuned.edited(edit, tensors, tuned.settled_config)
 
 
 def depth_scale(block: int, depth: int, alpha: float, beta: float) -> float:

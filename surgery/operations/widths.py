@@ -14,12 +14,13 @@ from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_m
 
 
 def widened_config(
-    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
+    base: Checkpoint, growths: Sequence[Growth]
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """The config after `growths`, and the modeling file that goes with it if layers differ.
 
     Raises UnsupportedError where the config has no key that sets the width.
     """
+    config = base.settled_config
     if not config:
         return config, {}  # tensors alone: there is no loader to tell
     widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}

@@ -10,9 +10,10 @@ import json
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import Checkpoint, Edit
+from surgery.checkpoint import RECORD, Checkpoint, Edit
 from surgery.hub import Source
 from surgery.writing.plan import Plan
 
@@ -110,4 +111,18 @@ def _source(source: Source) -> dict[str, Any]:
         blob = path.resolve().name
         digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
         files[path.name] = {"size": path.stat().st_size, "sha256": digest}
-    return {"reference": source.reference, "revision": source.revision, "files": files}
+    return {
+        "reference": source.reference,
+        "revision": source.revision,
+        "files": files,
+        "edits": _earlier_edits(folder),
+    }
+
+
+def _earlier_edits(folder: Path) -> list[Any]:
+    """What had been done to an input before, as its own record tells."""
+    try:
+        edits = json.loads((folder / RECORD).read_text(encoding="utf-8"))["edits"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []  # no record, or not one of ours
+    return edits if isinstance(edits, list) else []

@@ -5,19 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.checkpoint import Checkpoint
+from surgery.anatomy.infer import Anatomy
 
 
-def settled_config(checkpoint: Checkpoint) -> dict[str, Any]:
+def settled_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any]:
     """The config, with `tie_word_embeddings` true where it was false and no head is stored: a
     loader would make up a random head."""
-    config = dict(checkpoint.config)
-    anatomy = checkpoint.anatomy
+    settled = dict(config)
     if not anatomy.tied or anatomy.head is not None:
-        return config
-    key, nested = "tie_word_embeddings", config.get("text_config")
-    if config.get(key) is False:
-        config[key] = True
+        return settled
+    key, nested = "tie_word_embeddings", settled.get("text_config")
+    if settled.get(key) is False:
+        settled[key] = True
     if isinstance(nested, Mapping) and nested.get(key) is False:
-        config["text_config"] = {**nested, key: True}
-    return config
+        settled["text_config"] = {**nested, key: True}
+    return settled
