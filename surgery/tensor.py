@@ -9,12 +9,13 @@ and what can be copied from file to file are read off it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import TYPE_CHECKING, Protocol
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.dtypes import DType
 from surgery.errors import UnsupportedError
@@ -76,6 +77,10 @@ class LazyTensor:
     - computed: `kernel` makes the rows from the same rows of every input, or from the whole
       inputs when `rowwise` is False.
 
+    `measure` goes with a row-wise kernel that needs something of the whole tensor first (a
+    threshold, norms): a streaming pass over the inputs, made once, before the first row; the
+    kernel gets its result as the argument `measured`.
+
     `tally` goes with a row-wise kernel: a number made of the same rows of the inputs, which the
     writer adds up over the tensor as it passes (||tau||^2, say), so that a statistic which only
     reports needs no pass of its own.
@@ -89,6 +94,8 @@ class LazyTensor:
     kernel: Callable[..., torch.Tensor] | None = None
     rowwise: bool = True
     tally: Callable[..., float] | None = None
+    measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
+    _measuring: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def rows(self) -> int:
@@ -108,6 +115,11 @@ class LazyTensor:
     def nbytes(self) -> int:
         return self.numel * self.dtype.bits // 8
 
+    @property
+    def streams(self) -> bool:
+        """Whether a range of rows can be had without computing the whole tensor."""
+        return (self.kernel is None or self.rowwise) and all(t.streams for t in self.inputs)
+
     def shape_of(self, rows: int) -> tuple[int, ...]:
         """The shape in which `rows` rows are read."""
         return (rows, self.width) if len(self.shape) > 1 else (rows,)
@@ -124,7 +136,7 @@ class LazyTensor:
             return self._gather(start, stop)
         assert self.kernel is not None
         if self.rowwise:
-            return self.kernel(*self.read_inputs(start, stop))
+            return self.compute(self.read_inputs(start, stop))
         whole = self.kernel(*(tensor.whole() for tensor in self.inputs))
         return whole.reshape(self.shape_of(self.rows))[start:stop]
 
@@ -132,12 +144,32 @@ class LazyTensor:
         """These rows of every input of a row-wise kernel."""
         return [tensor.read(start, stop) for tensor in self.inputs]
 
+    def compute(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The rows that the kernel makes of these rows of the inputs."""
+        assert self.kernel is not None
+        if self.measure is None:
+            return self.kernel(*inputs)
+        return self.kernel(*inputs, measured=self.measured)
+
+    @property
+    def measured(self) -> Any:
+        """What `measure` found, in one pass over the inputs, whichever thread asks first."""
+        assert self.measure is not None
+        with self._measuring:
+            if "_found" not in self.__dict__:
+                self.__dict__["_found"] = self.measure(self.inputs)
+        return self.__dict__["_found"]
+
     def whole(self) -> torch.Tensor:
         """The whole tensor, in its shape."""
         return self.read().reshape(self.shape)
 
     def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
-        """Row ranges of about `elements` elements that together are the tensor."""
+        """Row ranges of about `elements` elements that together are the tensor; one range if
+        any of it takes all of it."""
+        if not self.streams:
+            yield 0, self.rows
+            return
         step = max(1, elements // max(1, self.width))
         for start in range(0, self.rows, step):
             yield start, min(start + step, self.rows)

@@ -21,7 +21,7 @@ from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.card import model_card
 from surgery.writing.config import config_bytes
-from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
+from surgery.writing.plan import MAX_SHARD_BYTES, Plan, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
 from surgery.writing.staging import check_target, publish, staging
 
@@ -113,7 +113,7 @@ def peak_memory(layout: Plan, threads: int | None = None) -> int:
     most = 0
     for name in layout.computed:
         tensor = layout.checkpoint[name]
-        rows = max([tensor.width, BLOCK_ELEMENTS] if tensor.rowwise else [tensor.numel])
+        rows = max(tensor.width, BLOCK_ELEMENTS) if tensor.streams else tensor.numel
         most = max(most, rows * 4 * (2 * len(tensor.inputs) + 1))
     return BARE_MEMORY + (threads or default_threads()) * most
 
@@ -121,6 +121,7 @@ def peak_memory(layout: Plan, threads: int | None = None) -> int:
 # One thing to do: bytes to copy to an offset, or rows to compute.
 _Copy = tuple[int, FileSpan, int]
 _Compute = tuple[int, str, LazyTensor, int, int, int]
+_Measure = tuple[LazyTensor]
 
 
 def _fill(
@@ -130,7 +131,10 @@ def _fill(
     sums: dict[str, list[float]] = defaultdict(list)
     lock = Lock()
 
-    def work(job: _Copy | _Compute) -> None:
+    def work(job: _Copy | _Compute | _Measure) -> None:
+        if len(job) == 1:
+            _ = job[0].measured
+            return
         if len(job) == 3:
             fd, span, offset = job
             _copy(fd, span, offset)
@@ -156,24 +160,33 @@ def _fill(
     return {name: fsum(values) for name, values in sums.items()}
 
 
-def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute]:
-    for shard in layout.shards:
-        yield from _shard_jobs(layout.checkpoint, shard, fds[shard.name])
+def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute | _Measure]:
+    """All jobs, tensor by tensor. A tensor that has to be measured is so while the one before
+    it is computed: else all threads but one would wait for the measure."""
+    tensors = [
+        (fds[shard.name], name, offset)
+        for shard in layout.shards
+        for name, offset in shard.offsets.items()
+    ]
+    checkpoint = layout.checkpoint
+    for number, (fd, name, offset) in enumerate(tensors):
+        for _, ahead, _ in tensors[number + 1 : number + 2] if number else tensors[:2]:
+            if checkpoint[ahead].measure is not None:
+                yield (checkpoint[ahead],)
+        yield from _tensor_jobs(checkpoint[name], name, fd, offset)
 
 
-def _shard_jobs(checkpoint: Checkpoint, shard: Shard, fd: int) -> Iterator[_Copy | _Compute]:
-    for name, offset in shard.offsets.items():
-        tensor = checkpoint[name]
-        if (spans := tensor.file_spans()) is not None:
-            for span in spans:
-                for start in range(0, span.length, COPY_BYTES):
-                    part = span.part(start, min(start + COPY_BYTES, span.length))
-                    yield fd, part, offset + start
-                offset += span.length
-        else:
-            row = tensor.width * tensor.dtype.bits // 8
-            for start, stop in tensor.blocks(BLOCK_ELEMENTS):
-                yield fd, name, tensor, start, stop, offset + start * row
+def _tensor_jobs(tensor: LazyTensor, name: str, fd: int, offset: int) -> Iterator[_Copy | _Compute]:
+    if (spans := tensor.file_spans()) is not None:
+        for span in spans:
+            for start in range(0, span.length, COPY_BYTES):
+                part = span.part(start, min(start + COPY_BYTES, span.length))
+                yield fd, part, offset + start
+            offset += span.length
+    else:
+        row = tensor.width * tensor.dtype.bits // 8
+        for start, stop in tensor.blocks(BLOCK_ELEMENTS):
+            yield fd, name, tensor, start, stop, offset + start * row
 
 
 def _compute(
@@ -181,10 +194,10 @@ def _compute(
 ) -> tuple[int, float | None]:
     """Write rows at `offset` of the file. Returns the bytes written, and the rows' tally."""
     tally = None
-    if tensor.tally is not None and tensor.kernel is not None:
+    if tensor.tally is not None:
         inputs = tensor.read_inputs(start, stop)
         tally = tensor.tally(*inputs)
-        rows = tensor.kernel(*inputs)
+        rows = tensor.compute(inputs)
     else:
         rows = tensor.read(start, stop)
     assert rows.dtype == tensor.dtype.torch
