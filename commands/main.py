@@ -17,6 +17,7 @@ import typer
 from surgery.errors import SurgeryError
 
 from .demo import demo
+from .diff import diff
 from .grow import grow
 from .inspect import inspect
 from .lines import lines
@@ -66,7 +67,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
-for verb in (inspect, lines, grow, verify, demo):
+for verb in (inspect, diff, lines, grow, verify, demo):
     app.command()(with_exit_codes(verb))
 
 

@@ -25,7 +25,10 @@ def prove(
     """`surgery.verify`, saying what it is at."""
     from surgery import Verification, certify
     from surgery.verification import compare_logits
+    from surgery.verification.logits import check_device
 
+    if logits:
+        check_device(base, other, device, dtype)
     certificate = None
     if growths:
         with progress("certificate", other.nbytes) as advance:

@@ -18,6 +18,7 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
+from surgery.operations.diff import diff
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.tensor import LazyTensor
@@ -42,6 +43,7 @@ __all__ = [
     "VerificationError",
     "Written",
     "certify",
+    "diff",
     "find_growths",
     "grow",
     "lines",

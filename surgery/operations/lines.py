@@ -33,12 +33,12 @@ def lines(
 
     Raises ArgumentError, MismatchError or UnsupportedError, before any tensor is read.
     """
-    beta = 1 - alpha if beta is None else beta
     ArgumentError.raise_if(
         f"{name} is {value}, and has to be a finite number"
         for name, value in (("alpha", alpha), ("beta", beta))
-        if not isfinite(value)
+        if value is not None and not isfinite(value)
     )
+    beta = 1 - alpha if beta is None else beta
     if outside not in ("alpha", "depth"):
         raise ArgumentError(f"outside is {outside!r}, and has to be 'alpha' or 'depth'")
     check_unquantized(base=base, tuned=tuned)

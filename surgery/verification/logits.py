@@ -94,8 +94,7 @@ def compare_logits(
     """
     import torch
 
-    device = pick_device(device, dtype)
-    _check_size(base, other, device, dtype)
+    device = check_device(base, other, device, dtype)
     inputs = _inputs(base, seed).to(device)
     run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs)
     first_run = run(base)
@@ -109,7 +108,15 @@ def compare_logits(
     return _compare(first_run, second, permuted, device, dtype)
 
 
-def pick_device(device: str, dtype: VerifyDtype) -> str:
+def check_device(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> str:
+    """The device to run on. Raises UnsupportedError if it isn't there or too small for one of
+    the models, which would be killed for memory after minutes."""
+    device = _pick_device(device, dtype)
+    _check_size(base, other, device, dtype)
+    return device
+
+
+def _pick_device(device: str, dtype: VerifyDtype) -> str:
     """ "auto" is CUDA, or Apple's MPS (which has no float64), or the CPU."""
     import torch
 
@@ -131,7 +138,6 @@ def memory_needed(checkpoint: Checkpoint, dtype: VerifyDtype) -> int:
 
 
 def _check_size(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> None:
-    """Refuse at once what would be killed for memory after minutes."""
     import psutil
     import torch
 

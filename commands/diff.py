@@ -1,0 +1,107 @@
+"""`surgery diff`: what changed between two checkpoints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .options import MODEL, AsJson, Threads
+from .output import console, print_json, progress, table
+
+if TYPE_CHECKING:
+    from surgery.operations.diff import Difference
+
+SHOWN = 20
+
+
+def diff(
+    base: Annotated[str, typer.Argument(help=MODEL)],
+    other: Annotated[str, typer.Argument(help="The model to compare with it.")],
+    effective_rank: Annotated[
+        bool, typer.Option("--effective-rank", help="Also that of every update (takes SVDs).")
+    ] = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Write a heat-map of the relative updates, as PNG or SVG.")
+    ] = None,
+    json: AsJson = False,
+    threads: Threads = None,
+) -> None:
+    """Show which tensors changed and by how much, block by block and module by module."""
+    import surgery
+
+    first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
+    with progress("comparing", second.nbytes) as advance:
+        found = surgery.diff(
+            first, second, effective_rank=effective_rank, threads=threads, progress=advance
+        )
+    if plot is not None:
+        from .heatmap import draw
+
+        draw(found, plot, f"{first.source.path.name} to {second.source.path.name}")
+    if json:
+        print_json(_as_json(found))
+    else:
+        _print(found)
+
+
+def _as_json(found: Difference) -> dict[str, Any]:
+    return {
+        "identical": found.identical,
+        "changes": [asdict(change) for change in found.changes],
+        "modules": [
+            {"stack": stack, "module": module, "block": block, **asdict(change)}
+            for (stack, module, block), change in found.modules.items()
+        ],
+        "added": list(found.added),
+        "removed": list(found.removed),
+        "reshaped": {name: [list(a), list(b)] for name, (a, b) in found.reshaped.items()},
+        "retyped": {name: list(types) for name, types in found.retyped.items()},
+        "config": {key: list(values) for key, values in found.config.items()},
+    }
+
+
+def _print(found: Difference) -> None:
+    out = console()
+    changed = sum(not change.equal for change in found.changes)
+    out.print(f"{changed:,} of {len(found.changes):,} tensors changed")
+    for stack in dict.fromkeys(stack for stack, _, _ in found.modules):
+        modules = {(m, b): c for (s, m, b), c in found.modules.items() if s == stack}
+        _matrix(
+            f"{stack}: ||tau|| / ||base||", {k: f"{c.relative:.4f}" for k, c in modules.items()}
+        )
+        _matrix(f"{stack}: cosine", {k: f"{c.cosine:.4f}" for k, c in modules.items()})
+        if any(change.effective_rank is not None for change in modules.values()):
+            ranks = {
+                k: "" if c.effective_rank is None else f"{c.effective_rank:.1f}"
+                for k, c in modules.items()
+            }
+            _matrix(f"{stack}: effective rank of the update", ranks)
+    rows = table("outside the blocks", "||tau|| / ||base||", "cosine", left=("outside the blocks",))
+    for change in found.outside:
+        rows.add_row(change.name, f"{change.relative:.4f}", f"{change.cosine:.4f}")
+    out.print(rows)
+    for title, names in (("added", found.added), ("removed", found.removed)):
+        for name in names[:SHOWN]:
+            out.print(f"{title}: {name}", markup=False)
+        if len(names) > SHOWN:
+            out.print(f"{title}: and {len(names) - SHOWN:,} more")
+    for name, (a, b) in found.reshaped.items():
+        out.print(f"another shape: {name} was {list(a)} and is {list(b)}", markup=False)
+    for name, (was, now) in found.retyped.items():
+        out.print(f"another type: {name} was {was} and is {now}", markup=False)
+    for key, (before, after) in found.config.items():
+        out.print(f"config {key}: {before!r} became {after!r}", markup=False)
+
+
+def _matrix(title: str, cells: dict[tuple[str, int], str]) -> None:
+    """One row for each block, one column for each module."""
+    modules = list(dict.fromkeys(module for module, _ in cells))
+    made = table(
+        "block", *(module.rpartition(".")[2].replace("_", "_\n") for module in modules), title=title
+    )
+    for block in sorted({block for _, block in cells}):
+        made.add_row(str(block), *(cells.get((module, block), "") for module in modules))
+    console().print(made)
