@@ -1,0 +1,245 @@
+"""The command line: exit codes, messages, JSON, and what is (not) touched. Real processes where
+the process matters, typer's runner elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hub_standin import Hub, hub  # noqa: F401  (a fixture)
+from surgery.commands.main import app
+from typer.testing import CliRunner, Result
+
+from surgery import files
+
+Make = Callable[..., Path]
+
+
+def surgery(*args: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def process(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    code = "from surgery.commands.main import run; run()"
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+def test_inspect_tells_what_is_there_as_json(make_model: Make) -> None:
+    report = json.loads(surgery("inspect", make_model(), "--json").stdout)
+    assert report["architecture"] == "LlamaForCausalLM"
+    assert report["dtypes"] == {"F32": 21}
+    assert report["heads"] == 4
+    assert report["key_value_heads"] == 2
+    assert [block["mlp"]["width"] for block in report["blocks"]] == [24, 24]
+    assert report["unrecognised"] == []
+    assert report["parameters"] == sum(block["parameters"] for block in report["blocks"]) + (
+        2 * 64 * 16 + 16
+    )
+
+
+def test_inspect_prints_a_table(make_model: Make) -> None:
+    result = surgery("inspect", make_model())
+    assert result.exit_code == 0
+    for text in ("LlamaForCausalLM", "model.layers", "0-1", "24", "gated", "out, in", "yes"):
+        assert text in result.stdout
+
+
+@pytest.mark.parametrize("args", [["--help"], ["inspect", "MODEL"], ["lines", "--help"]])
+def test_no_torch_where_headers_suffice(args: list[str], make_model: Make) -> None:
+    args = [str(make_model()) if arg == "MODEL" else arg for arg in args]
+    code = (
+        "import sys\nfrom surgery.commands.main import run\n"
+        "try: run()\nexcept SystemExit as exit: assert not exit.code, exit.code\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+
+
+def test_lines_writes_and_shows_scales_and_norms(make_model: Make, tmp_path: Path) -> None:
+    base, tuned = make_model(name="base"), make_model(name="tuned", seed=1)
+    result = surgery("lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.25", "--json")
+    assert result.exit_code == 0, result.output
+    record = json.loads(result.stdout)
+    assert record["edits"][0]["details"]["scales"] == {"model.layers": [0.25, 1.0]}
+    norms = record["norms"]["blocks"]["model.layers"]
+    assert norms[0]["after"] == pytest.approx(0.25 * norms[0]["before"], rel=1e-5)
+    assert norms[1]["after"] == norms[1]["before"] > 0
+    assert record["command"].startswith("surgery ")
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_grow_verifies_writes_and_verify_agrees(make_model: Make, tmp_path: Path) -> None:
+    base, out = make_model(), tmp_path / "out"
+    result = surgery("grow", base, "-o", out, "--factor", "1.5", "--layers", "1", "--json")
+    assert result.exit_code == 0, result.output
+    verification = json.loads(result.stdout)["verification"]
+    assert verification["passed"] is True
+    assert verification["certificate"]["grown_mlps"] == 1
+    assert verification["logits"]["noise_floor"] > 0
+    again = surgery("verify", base, out, "--json")
+    assert again.exit_code == 0
+    assert json.loads(again.stdout)["certificate"]["failures"] == []
+
+
+def test_a_failed_proof_writes_nothing(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from surgery.kernels import split
+
+    def forgotten(weight, *noise, sources, ordinals, copies, symmetry_break=0.0):  # type: ignore[no-untyped-def]
+        return weight.index_select(1, sources)
+
+    monkeypatch.setattr(split, "split_columns", forgotten)
+    result = surgery("grow", make_model(), "-o", tmp_path / "out", "--layers", "1")
+    assert result.exit_code == 6
+    assert "model.layers.1.mlp.down_proj.weight: the outgoing weights" in result.stderr
+    assert "the first to depart is model.layers.1" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def test_dry_run_reads_no_tensor_and_writes_nothing(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = make_model(name="base"), make_model(name="tuned", seed=1)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("a tensor was read")
+
+    monkeypatch.setattr(files.InputFile, "read_into", refuse)
+    out = tmp_path / "out"
+    for args in (
+        ["lines", base, tuned, "--alpha", "0.5"],
+        ["grow", base, "--factor", "1.5"],
+        ["grow", base, "--factor", "1.5", "--choose", "norm"],
+    ):
+        result = surgery(*args, "-o", out, "--dry-run", "--json")
+        assert result.exit_code == 0, result.output
+        plan = json.loads(result.stdout)
+        assert plan["bytes_needed"] > 0 < plan["bytes_free"]
+        assert plan["memory_peak"] > 0
+        assert "tensors" in plan["shards"][0]
+    assert len(plan["tensors"]["computed"]) == 2
+    assert len(plan["tensors"]["copied"]) == 4
+    assert len(plan["tensors"]["untouched"]) == 15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        (["lines", "BASE", "BASE", "--alpha", "nan"], 2, "alpha is nan"),
+        (["grow", "BASE", "--layers", "1-7"], 2, "1-7 isn't among the 2 layers, which are 0 to 1"),
+        (["grow", "BASE", "--factor", "0.5"], 2, "factor is 0.5, and has to be above 1"),
+        (["grow", "./nowhere"], 3, "'./nowhere': there is no such directory"),
+        (["lines", "BASE", "OTHER", "--alpha", "0.5"], 3, "model_type is llama and gpt2"),
+        (["grow", "QUANTIZED"], 4, "is quantized: fp8"),
+    ],
+)
+def test_bad_input_ends_with_a_message_and_a_code(
+    args: list[str], code: int, message: str, make_model: Make, tmp_path: Path
+) -> None:
+    quantized = make_model(name="quantized")
+    config = json.loads((quantized / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8"}
+    (quantized / "config.json").write_text(json.dumps(config))
+    given = {"BASE": make_model(), "OTHER": make_model("gpt2", "other"), "QUANTIZED": quantized}
+    result = surgery(*(given.get(arg, arg) for arg in args), "-o", tmp_path / "out")
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert "Traceback" not in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_exists_is_refused_before_the_proof(
+    make_model: Make, tmp_path: Path
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("precious")
+    result = surgery("grow", make_model(), "-o", tmp_path / "out")
+    assert result.exit_code == 5
+    assert "exists already" in result.stderr
+    assert "certificate" not in result.stderr
+    assert (tmp_path / "out" / "mine").read_text() == "precious"
+
+
+def test_many_problems_are_cut_short(make_model: Make, tmp_path: Path) -> None:
+    base = make_model(name="base", num_hidden_layers=1)
+    tuned = make_model(name="tuned", num_hidden_layers=4)
+    result = surgery("lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.5")
+    assert result.exit_code == 3
+    assert len(result.stderr.splitlines()) == 13
+    assert "and 15 more like these" in result.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    """A model large enough that it is still being written when the signal comes."""
+    from conftest import save_raw
+
+    base = save_raw(tmp_path / "base", {f"t{i}": torch.randn(1024, 4096) for i in range(24)})
+    tuned = save_raw(tmp_path / "tuned", {f"t{i}": torch.randn(1024, 4096) for i in range(24)})
+    code = "from surgery.commands.main import run; run()"
+    arguments = ["lines", str(base), str(tuned), "-o", str(tmp_path / "out"), "--alpha", "0.5"]
+    running = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
+    )
+    staging = tmp_path / ".out.staging"
+    while not staging.exists() and running.poll() is None:
+        time.sleep(0.002)
+    running.send_signal(number)
+    _, said = running.communicate()
+    assert running.returncode == 130, said
+    assert "interrupted: nothing was written" in said
+    assert "Traceback" not in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "tuned"]
+
+
+def test_a_model_of_the_hub(make_model: Make, hub: Hub, tmp_path: Path) -> None:  # noqa: F811
+    """inspect and --dry-run fetch no weights; lines does, and records the commits."""
+    base = hub.push("org/base", make_model(name="base"))
+    tuned = hub.push("org/tuned", make_model(name="tuned", seed=1))
+    assert surgery("inspect", "org/base").exit_code == 0
+    options = ["--alpha", "0.5", "--json", "-o", str(tmp_path / "out")]
+    plan = surgery("lines", "org/base", "org/tuned", *options, "--dry-run")
+    assert plan.exit_code == 0, plan.output
+    assert all(request.range is not None for request in hub.fetched())
+    result = surgery("lines", "org/base", "org/tuned@main", *options)
+    assert result.exit_code == 0, result.output
+    inputs = json.loads((tmp_path / "out" / "surgery.json").read_text())["edits"][0]["inputs"]
+    assert inputs["base"]["reference"] == "org/base"
+    assert (inputs["base"]["revision"], inputs["tuned"]["revision"]) == (base, tuned)
+    assert 'base_model: ["org/base", "org/tuned"]' in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_verify_of_an_unrelated_pair_reports_the_drift(make_model: Make) -> None:
+    result = surgery("verify", make_model(name="a"), make_model(name="b", seed=1), "--json")
+    assert result.exit_code == 0
+    report = json.loads(result.stdout)
+    assert report["passed"] is None
+    assert report["certificate"] is None
+    assert report["logits"]["max_difference"] > report["logits"]["threshold"]
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal(
+    make_model: Make, tmp_path: Path
+) -> None:
+    done = process("grow", make_model(), "-o", tmp_path / "out", "--no-logits", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verification"]["logits"] is None
+    assert "\x1b" not in done.stderr
+    assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["certificate", "writing"]
