@@ -39,7 +39,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "bytes": checkpoint.nbytes,
         "tensors": len(checkpoint),
         "dtypes": dict(Counter(tensor.dtype.name for tensor in checkpoint.values())),
-        "files": dict(checkpoint.files),
+        "files": dict(checkpoint.source.files),
         "heads": first(config, HEAD_KEYS),
         "key_value_heads": first(config, ("num_key_value_heads",)),
         "embedding": anatomy.embedding,

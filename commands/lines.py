@@ -77,7 +77,7 @@ def lines(
 def _print(written: Written) -> None:
     """The scale of every block, and the norm of its update before and after."""
     details: dict[str, Any] = written.record["edits"][-1]["details"]
-    norms: dict[str, Any] = written.record["norms"]
+    norms: dict[str, Any] = written.record["norms"] or {"blocks": {}, "outside": {}}
     rows = table("block", "scale", "norm of update", "after", left=("block",))
     for stack, blocks in norms["blocks"].items():
         for number, (scale, norm) in enumerate(zip(details["scales"][stack], blocks, strict=True)):
@@ -89,5 +89,6 @@ def _print(written: Written) -> None:
     out.print(f"Written to {written.target}", markup=False)
 
 
-def _add(rows: Any, name: str, scale: float, norm: dict[str, float]) -> None:
-    rows.add_row(name, f"{scale:.3f}", f"{norm['before']:.4g}", f"{norm['after']:.4g}")
+def _add(rows: Any, name: str, scale: float, norm: dict[str, float | None]) -> None:
+    shown = ("not finite" if value is None else f"{value:.4g}" for value in norm.values())
+    rows.add_row(name, f"{scale:.3f}", *shown)

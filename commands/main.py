@@ -21,6 +21,8 @@ from .diff import diff
 from .grow import grow
 from .inspect import inspect
 from .lines import lines
+from .merge import merge
+from .methods import methods
 from .verify import verify
 
 INTERRUPTED = 130
@@ -67,7 +69,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
-for verb in (inspect, diff, lines, grow, verify, demo):
+for verb in (inspect, diff, lines, merge, methods, grow, verify, demo):
     app.command()(with_exit_codes(verb))
 
 

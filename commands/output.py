@@ -28,8 +28,10 @@ def command_line() -> str:
 
 
 def print_json(value: Any) -> None:
-    """One JSON document on stdout."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """One JSON document on stdout; an infinity or a NaN, which JSON hasn't got, is null."""
+    from surgery.writing.record import finite
+
+    print(json.dumps(finite(value), indent=2))
 
 
 def console() -> Console:

@@ -21,6 +21,7 @@ from surgery.errors import (
 from surgery.operations.diff import diff
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
+from surgery.operations.merge import merge
 from surgery.tensor import LazyTensor
 from surgery.verification import Verification, certify, find_growths, verify
 from surgery.writing import Plan, Written, plan, write
@@ -47,6 +48,7 @@ __all__ = [
     "find_growths",
     "grow",
     "lines",
+    "merge",
     "open_checkpoint",
     "plan",
     "verify",

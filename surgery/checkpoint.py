@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -44,8 +45,10 @@ OTHER_WEIGHTS = [
     ".pickle",
     ".distcp",
 ]
-OTHER_FOLDERS = {"onnx", "openvino", "coreml", "original", "global_step", "__pycache__"}
+OTHER_FOLDERS = re.compile(r"onnx|openvino|coreml|original|global_step\d*|__pycache__")
 """Folders of other formats and of trainers: what is in them belongs to the weights as they were."""
+MOST_SHARDS = 10_000
+"""A name that claims more is no count to trust."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +76,6 @@ class Checkpoint(Mapping[str, LazyTensor]):
     config: Mapping[str, Any]
     source: Source
     companions: Mapping[str, Path | bytes] = field(default_factory=dict)
-    files: Mapping[str, int] = field(default_factory=dict)
-    """The safetensors files it was read from, and their sizes in bytes."""
     notes: tuple[str, ...] = ()
     left_behind: tuple[str, ...] = ()
     history: tuple[Edit, ...] = ()
@@ -129,12 +130,13 @@ class Checkpoint(Mapping[str, LazyTensor]):
         companions: Mapping[str, Path | bytes] | None = None,
         notes: tuple[str, ...] = (),
     ) -> Checkpoint:
-        """This checkpoint after `edit`, with these tensors in the place of those of that name."""
+        """This checkpoint after `edit`, with these tensors in the place of those of that name,
+        and, where they are given, another config and other companion files."""
         return replace(
             self,
             tensors={**self.tensors, **tensors},
             config=self.config if config is None else config,
-            companions={**self.companions, **(companions or {})},
+            companions=self.companions if companions is None else companions,
             notes=self.notes + notes,
             history=(*self.history, edit),
         )
@@ -166,9 +168,10 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     if source.path.is_file():
         headers = {source.path.name: read_header(source.path)}
         sizes = {source.path.name: source.path.stat().st_size}
-        return Checkpoint(_tensors(headers, source.path.parent), {}, source, files=sizes)
+        return Checkpoint(_tensors(headers, source.path.parent), {}, replace(source, files=sizes))
     files, index, notes = _weight_files(source)
     headers, sizes = _headers(source, files)
+    source = replace(source, files=sizes)
     notes += _cross_check(source, headers, index)
     companions, left_behind = _companions(source, files)
     return Checkpoint(
@@ -176,7 +179,6 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
         config=_read_json(source.path / "config.json", missing={}),
         source=source,
         companions=companions,
-        files=sizes,
         notes=tuple(notes),
         left_behind=tuple(left_behind),
     )
@@ -197,7 +199,8 @@ def _weight_files(source: Source) -> tuple[list[str], Mapping[str, Any] | None, 
     folder = source.path
     here = {path.name for path in folder.glob("*.safetensors")} | set(source.remote_headers)
     indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
-    if "adapter_config.json" in os.listdir(folder) and "model.safetensors" not in here:
+    here.discard("adapter_model.safetensors")
+    if (folder / "adapter_config.json").exists() and not here:
         raise FormatError(f"{folder} is a LoRA adapter and no model: give the model it belongs to")
     if len(indices) > 1:
         raise FormatError(
@@ -218,6 +221,7 @@ def _weight_files(source: Source) -> tuple[list[str], Mapping[str, Any] | None, 
         index, files = None, [single]
     elif here:
         index, files = None, sorted(here)
+        _complete(folder, files)
     else:
         others = sorted(p.name for p in folder.iterdir() if p.suffix in OTHER_WEIGHTS)
         raise FormatError(
@@ -230,17 +234,30 @@ def _weight_files(source: Source) -> tuple[list[str], Mapping[str, Any] | None, 
     return files, index, notes
 
 
+def _complete(folder: Path, files: list[str]) -> None:
+    """Without an index, the shards' own names say how many there are."""
+    numbered = [re.fullmatch(r"(.*)-(\d{5})-of-(\d{5})\.safetensors", name) for name in files]
+    sets = {(match.group(1), int(match.group(3))) for match in numbered if match}
+    FormatError.raise_if(
+        f"{folder / name}: no such file, and the names of the others say that there is one"
+        for prefix, count in sorted(sets)
+        for name in (f"{prefix}-{n:05d}-of-{count:05d}.safetensors" for n in range(1, count + 1))
+        if count <= MOST_SHARDS and name not in files
+    )
+
+
 def _files_of_index(index: Mapping[str, Any], path: Path) -> list[str]:
     """The files that the index names. Refuses a name that isn't that of a file beside it."""
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no weight_map")
-    named = list(dict.fromkeys(weight_map.values()))
-    bad = [n for n in named if not isinstance(n, str) or not n or n != PurePosixPath(n).name]
-    bad += [n for n in named if isinstance(n, str) and ("\\" in n or n == ".." or "\0" in n)]
+    strange = [value for value in weight_map.values() if not isinstance(value, str)]
+    named = {value for value in weight_map.values() if isinstance(value, str)}
+    strange += [n for n in named if n != PurePosixPath(n).name or "\\" in n or "\0" in n]
+    strange += [n for n in named if n in ("", "..")]
     FormatError.raise_if(
         f"{path}: weight_map names {name!r}, which isn't the plain name of a file beside it"
-        for name in bad
+        for name in dict.fromkeys(map(str, strange))
     )
     return sorted(named)
 
@@ -271,11 +288,17 @@ def _headers(source: Source, files: list[str]) -> tuple[dict[str, Header], dict[
 def _stays_inside(path: Path, folder: Path) -> None:
     """Refuse a link out of the checkpoint. The Hub's cache links a snapshot's files to blobs
     beside the snapshots; where those lead is the cache's business."""
-    if not path.is_symlink() or path.resolve().is_relative_to(folder.resolve()):
+    if not path.is_symlink():
         return
-    repository = folder.absolute().parent.parent
-    first_hop = Path(os.path.normpath(path.absolute().parent / path.readlink()))
-    if folder.absolute().parent.name != "snapshots" or first_hop.parent != repository / "blobs":
+    root = folder.resolve()
+    try:
+        inside = path.resolve().is_relative_to(root)
+    except (OSError, RuntimeError) as error:  # the latter up to Python 3.12, for a loop
+        raise FormatError(f"{path} is a link that leads nowhere: {error}") from error
+    if inside:
+        return
+    first_hop = Path(os.path.normpath(path.parent.resolve() / path.readlink()))
+    if root.parent.name != "snapshots" or first_hop.parent != root.parent.parent / "blobs":
         raise FormatError(
             f"{path} is a link to {path.resolve()}, outside the checkpoint: put the file there"
         )
@@ -326,15 +349,19 @@ def _companions(source: Source, files: list[str]) -> tuple[dict[str, Path | byte
             if key in ("config.json", RECORD) or name.endswith(INDEX_SUFFIX):
                 continue
             other_format = path.suffix in OTHER_WEIGHTS or ".bin.index.json" in name
-            if other_format or OTHER_FOLDERS & set(relative.parts):
+            if other_format or any(map(OTHER_FOLDERS.fullmatch, relative.parts)):
                 left_behind.append(key)
-            elif path.is_file():
-                _stays_inside(path, source.path)
+                continue
+            _stays_inside(path, source.path)
+            if path.is_file():
                 companions[key] = path
+            elif path.is_symlink():
+                raise NotFoundError(f"{path} is a link to {path.readlink()}, which isn't there")
     return companions, left_behind
 
 
 def _read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
+    _stays_inside(path, path.parent)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

@@ -59,8 +59,8 @@ class InputFile:
                 ) from error
             if got == 0:
                 raise FormatError(
-                    f"{self.path} ends at byte {offset + done}, and its header promised more: "
-                    f"it was cut short while it was read"
+                    f"{self.path} ends at byte {os.fstat(descriptor.fd).st_size:,}, and its header "
+                    f"promised more: it was cut short while it was read"
                 )
             done += got
 
@@ -69,4 +69,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor, byte by byte, shared with it."""
     import torch
 
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
+    flat = tensor.reshape(-1)
+    if flat.numel() < 2:  # contiguous whatever its stride, which `view` doesn't see
+        flat = flat.as_strided(flat.shape, (1,))
+    return flat.view(torch.uint8).numpy().data

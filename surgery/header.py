@@ -98,6 +98,8 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
 
 def _entry(name: str, value: Any, data: int) -> Entry | str:
     """The entry, or what is wrong with it."""
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        return f"{name!r} is a name that no encoding can write"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return f"{name} has no dtype, shape and data_offsets"
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
@@ -107,9 +109,11 @@ def _entry(name: str, value: Any, data: int) -> Entry | str:
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
         return f"{name} has shape {shape!r} and data_offsets {offsets!r}"
     bits = prod(shape) * dtype.bits
-    if bits % 8 or bits // 8 != offsets[1] - offsets[0]:
+    if bits % 8:
+        return f"{name} is {dtype} {shape}, which takes {bits:,} bits: no whole number of bytes"
+    if bits // 8 != offsets[1] - offsets[0]:
         return (
-            f"{name} is {dtype} {shape}, which takes {bits / 8:,.0f} bytes, and has "
+            f"{name} is {dtype} {shape}, which takes {bits // 8:,} bytes, and has "
             f"{offsets[1] - offsets[0]:,}"
         )
     return Entry(dtype, tuple(shape), data + offsets[0], data + offsets[1])

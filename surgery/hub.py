@@ -67,7 +67,8 @@ class Source:
 
     From the Hub, `path` is the snapshot in the cache and `revision` its commit hash. With
     `headers_only`, `remote_headers` has an entry for each weight file of the model, by name,
-    unless all of them are in `path` already.
+    unless all of them are in `path` already. `files` are the weight files that were opened, and
+    their sizes in bytes.
     """
 
     reference: str
@@ -75,6 +76,7 @@ class Source:
     repo_id: str | None = None
     revision: str | None = None
     remote_headers: Mapping[str, RemoteFile] = field(default_factory=dict)
+    files: Mapping[str, int] = field(default_factory=dict)
 
 
 def resolve(reference: str | Path, *, headers_only: bool = False, quiet: bool = False) -> Source:

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Protocol, TypeVar
 
+from surgery.errors import ArgumentError
+
 Job = TypeVar("Job")
 
 
@@ -36,6 +38,8 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
     """
     import torch
 
+    if threads is not None and threads < 1:
+        raise ArgumentError(f"threads is {threads}, and has to be at least 1")
     lock = threading.Lock()
     stop = threading.Event()
     failures: list[BaseException] = []

@@ -130,6 +130,8 @@ class LazyTensor:
         The only evaluator. What it returns belongs to the caller, who may overwrite it.
         """
         stop = self.rows if stop is None else stop
+        if not 0 <= start <= stop <= self.rows:
+            raise IndexError(f"rows {start} to {stop} of a tensor that has {self.rows}")
         if self.leaf is not None:
             return self.leaf.read(self, start, stop)
         if self.runs is not None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from surgery.anatomy.mlp import MLP, find_mlp, follows_width
+from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
 
@@ -88,21 +88,24 @@ def _mlps(
     widths: set[int],
 ) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
     blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
+    stacks: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
     mixtures: set[tuple[str, int]] = set()
     for name, place in places.items():
         if place.stack is None or place.block is None:
             continue
+        stacks[place.stack][name] = tensors[name]
         if place.role in (Role.UNKNOWN, Role.NORM):
             blocks[place.stack, place.block][name] = tensors[name]
         elif place.role in (Role.EXPERT, Role.ROUTER):
             mixtures.add((place.stack, place.block))
+    in_out = {stack: stores_in_out(inside) for stack, inside in stacks.items()}
     mlps: dict[tuple[str, int], MLP] = {}
     no_growth: dict[tuple[str, int], str] = {}
     for key, block in blocks.items():
         if hidden is None:
             no_growth[key] = "the hidden size is unknown: there is no config and no embedding"
             continue
-        mlp = find_mlp(*key, block, hidden, widths)
+        mlp = find_mlp(*key, block, hidden, widths, in_out[key[0]])
         if isinstance(mlp, str):
             no_growth[key] = mlp
         elif mlp is not None:

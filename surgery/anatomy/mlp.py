@@ -57,11 +57,17 @@ _DOWN = re.compile(r"(^|[._])(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|wo|ou
 
 
 def find_mlp(
-    stack: str, block: int, tensors: Mapping[str, LazyTensor], hidden: int, widths: set[int]
+    stack: str,
+    block: int,
+    tensors: Mapping[str, LazyTensor],
+    hidden: int,
+    widths: set[int],
+    in_out: bool,
 ) -> MLP | str | None:
     """The MLP among the tensors of one block that are neither attention nor norm.
 
-    `hidden` is the model's hidden size, `widths` what the config gives as MLP width. Returns
+    `hidden` is the model's hidden size, `widths` what the config gives as MLP width, `in_out`
+    whether the stack stores its matrices (in, out) where no bias tells. Returns
     None if the block has no matrix that could belong to one, or a sentence that says why the
     matrices there are can't be told apart.
     """
@@ -73,7 +79,6 @@ def find_mlp(
         for name, tensor in matrices.items()
         if (layout := _layout_from_bias(name, tensor, tensors)) is not None
     }
-    in_out = any(by_bias.values())  # Conv1D throughout: GPT-2 has a bias on each
     downs: dict[str, int] = {}
     ups: dict[str, int] = {}
     for name, tensor in matrices.items():
@@ -106,6 +111,16 @@ def find_mlp(
         down=projection(down),
         width=width,
         hidden=hidden,
+    )
+
+
+def stores_in_out(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a bias among the tensors of a stack shows that its matrices are (in, out): GPT-2's
+    Conv1D is used throughout, and has a bias everywhere."""
+    return any(
+        _layout_from_bias(name, tensor, tensors)
+        for name, tensor in tensors.items()
+        if len(tensor.shape) == 2
     )
 
 

@@ -44,7 +44,9 @@ _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (Role.EXPERT, re.compile(r"(^|[._])experts?([._]|$)", re.IGNORECASE)),
     (
         Role.ROUTER,
-        re.compile(r"(^|[._])(router|e_score_correction_bias)([._]|$)|mlp\.gate\.", re.IGNORECASE),
+        re.compile(
+            r"(^|[._])(router|e_score_correction_bias)([._]|$)|(mlp|moe)\.gate\.", re.IGNORECASE
+        ),
     ),
     (
         Role.NORM,
@@ -121,8 +123,8 @@ def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) ->
 def _role(name: str, tensor: LazyTensor, rules: tuple[tuple[Role, re.Pattern[str]], ...]) -> Role:
     if tensor.dtype.kind == "integer":
         return Role.BUFFER
-    if name.endswith("attn.bias") and len(tensor.shape) == 4:
-        return Role.BUFFER  # GPT-2's and GPT-NeoX's causal mask, stored as a float in old files
+    if name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) == 4:
+        return Role.BUFFER  # the causal mask of GPT-2, GPT-Neo(X): a float in old files
     for role, pattern in rules:
         if pattern.search(name):
             return role

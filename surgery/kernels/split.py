@@ -88,14 +88,15 @@ def _times(weight: torch.Tensor, fractions: torch.Tensor) -> torch.Tensor:
     """weight * fractions, rounded once to weight's dtype: exact where `_fits` says so."""
     if weight.dtype == torch.float64:
         return weight * fractions.to(torch.float64)
-    return weight.to(torch.float32).mul_(fractions).to(weight.dtype)
+    return (weight.to(torch.float32) * fractions).to(weight.dtype)
 
 
 def _fits(weight: torch.Tensor, smallest: torch.Tensor) -> torch.Tensor:
-    """Where weight * smallest is representable. A zero share (no copies) always is."""
-    wide = weight.to(torch.float64)
-    wanted = wide * smallest.to(torch.float64)
-    return wanted.to(weight.dtype).to(torch.float64) == wanted
+    """Where weight * smallest is representable: a power of two only loses bits to underflow, and
+    then doesn't come back. Without copies there is no share, and nothing to lose."""
+    small = _times(weight, smallest).to(torch.float64)
+    back = small / torch.where(smallest > 0, smallest, 1).to(torch.float64)
+    return (back == weight.to(torch.float64)) | (smallest == 0)
 
 
 def _exact(weight: torch.Tensor, smallest: torch.Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 
@@ -31,4 +33,7 @@ def scale_update(
 def update_square(base: torch.Tensor, tuned: torch.Tensor, *, compute: torch.dtype) -> float:
     """||tuned - base||^2 of these rows."""
     update = tuned.to(compute).sub(base.to(compute)).reshape(-1)
-    return float(torch.dot(update, update))
+    square = float(torch.dot(update, update))
+    if math.isfinite(square) or compute == torch.float64:
+        return square
+    return update_square(base, tuned, compute=torch.float64)  # too large for float32

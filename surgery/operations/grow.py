@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from fractions import Fraction
 from functools import partial
 from math import ceil, isfinite
 from typing import Literal
@@ -142,7 +143,8 @@ def _chosen(base: Checkpoint, layers: str) -> list[MLP]:
 
 
 def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: int) -> int:
-    wanted = width if width is not None else ceil(mlp.width * (2.0 if factor is None else factor))
+    exact = Fraction(str(2 if factor is None else factor))  # 1.1 means 11/10
+    wanted = width if width is not None else ceil(mlp.width * exact)
     rounded = -(-wanted // multiple_of) * multiple_of
     if rounded <= mlp.width:
         raise ArgumentError(
@@ -178,17 +180,18 @@ def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
     """The growths, with zero neurons for every layer that is narrower than the widest of its
     stack, whether it was to grow or not."""
     chosen = {(growth.mlp.stack, growth.mlp.block): growth for growth in growths}
-    most: dict[str, int] = {}
-    for growth in growths:
-        most[growth.mlp.stack] = max(growth.width, most.get(growth.mlp.stack, 0))
+    stacks = {growth.mlp.stack for growth in growths}
+    everything = [
+        chosen.get(key) or Growth(mlp, mlp.width, ())
+        for key, mlp in base.anatomy.mlps.items()
+        if mlp.stack in stacks
+    ]
+    most = {s: max(g.width for g in everything if g.mlp.stack == s) for s in stacks}
     padded = []
-    for key, mlp in base.anatomy.mlps.items():
-        if mlp.stack not in most:
-            continue
-        growth = chosen.get(key) or Growth(mlp, mlp.width, ())
-        missing = max(most[mlp.stack], mlp.width) - growth.width
-        if growth.width + missing > mlp.width:
-            padded.append(replace(growth, width=growth.width + missing, padding=missing))
+    for growth in everything:
+        wide = most[growth.mlp.stack]
+        if wide > growth.mlp.width:
+            padded.append(replace(growth, width=wide, padding=wide - growth.width))
     return padded
 
 

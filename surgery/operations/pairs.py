@@ -29,6 +29,11 @@ def check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
         problems.append(
             f"{where} are different architectures: model_type is {types[0]} and {types[1]}"
         )
+    if base.anatomy.head is not None and not base.anatomy.tied and tuned.anatomy.tied:
+        problems.append(
+            f"{base.source.reference} (base) has a head of its own, and {tuned.source.reference} "
+            f"(tuned) ties it to the embedding: one matrix can't follow both"
+        )
     excused = {tied_head(tuned, base)}
     if base.anatomy.tied:  # its own head is the embedding, stored a second time
         excused.add(tied_head(base, tuned))

@@ -16,15 +16,18 @@ from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_m
 def widened_config(
     base: Checkpoint, growths: Sequence[Growth]
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
-    """The config after `growths`, and the modeling file that goes with it if layers differ.
+    """The config after `growths`, and the companion files: with the modeling file if layers
+    differ, without it if they don't any more.
 
-    Raises UnsupportedError where the config has no key that sets the width.
+    Raises UnsupportedError where the config has no key that sets the width, or where layers that
+    differ can't be loaded.
     """
-    config = base.settled_config
+    companions = {k: v for k, v in base.companions.items() if k != MODELING_FILE}
+    config = without_auto_map(base.settled_config)
     if not config:
-        return config, {}  # tensors alone: there is no loader to tell
+        return config, companions  # tensors alone: there is no loader to tell
     widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
-    before = set(widths.values())
+    before = _stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
     widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
     stacks = {stack for stack, _ in widths}
     if len(stacks) != 1:
@@ -32,15 +35,25 @@ def widened_config(
             f"{base.source.reference} has MLPs in several stacks ({', '.join(sorted(stacks))}), "
             f"and growing those isn't there yet"
         )
-    config.pop(WIDTHS_KEY, None)
-    config = without_auto_map(config)
     after = sorted(set(widths.values()))
     if len(after) == 1:
-        return _with_width(base, config, before, after[0]), {}
+        return _with_width(base, config, before, after[0]), companions
+    if len(widths) != base.anatomy.stacks[stacks.pop()]:
+        raise UnsupportedError(
+            f"{base.source.reference} has layers without an MLP of this kind, and MLPs of "
+            f"different widths beside them can't be loaded: grow all alike, or pass --uniform"
+        )
     config[WIDTHS_KEY] = [width for _, width in sorted(widths.items())]
-    auto_map, source = modeling_file(base, list(base.anatomy.mlps.values()))
-    config["auto_map"] = auto_map
-    return config, {MODELING_FILE: source}
+    config["auto_map"], source = modeling_file(base, list(base.anatomy.mlps.values()))
+    return config, {**companions, MODELING_FILE: source}
+
+
+def _stock_widths(config: Mapping[str, Any]) -> set[int]:
+    """What the config's own keys say, where `mlp_widths` overrides them."""
+    part = text_config(config)
+    width = first(part, WIDTH_KEYS)
+    hidden = first(part, HIDDEN_KEYS)
+    return {width} if width is not None else {4 * hidden} if hidden is not None else set()
 
 
 def _with_width(
@@ -51,8 +64,7 @@ def _with_width(
     part = dict(nested)
     keys = [key for key in WIDTH_KEYS if type(part.get(key)) is int and part[key] in before]
     if not keys and "n_inner" in part and part["n_inner"] is None:
-        hidden = first(part, HIDDEN_KEYS)
-        keys = ["n_inner"] if hidden is not None and {4 * hidden} == before else []
+        keys = ["n_inner"] if _stock_widths(config) == before else []
     if not keys:
         raise UnsupportedError(
             f"{base.source.reference}: no key of config.json holds the MLP's width "
@@ -61,9 +73,3 @@ def _with_width(
         )
     part |= dict.fromkeys(keys, width)
     return {**config, "text_config": part} if nested is not config else part
-
-
-def layer_widths(config: Mapping[str, Any]) -> list[int] | None:
-    """The width of every layer, where the config has them."""
-    widths = config.get(WIDTHS_KEY)
-    return list(widths) if isinstance(widths, list) else None

@@ -9,7 +9,7 @@ is assumed of how the weights were made: they are read and compared.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from threading import Lock
@@ -25,6 +25,9 @@ from surgery.tensor import LazyTensor
 if TYPE_CHECKING:
     import numpy
     import torch
+
+
+INEXACT = "the outgoing weights of a neuron's copies have no sum that two float64 can hold"
 
 
 @dataclass(frozen=True)
@@ -163,12 +166,14 @@ class _DownColumns(_Check):
 
         rows = self.grown.read(start, stop).to(torch.float64)
         total = torch.zeros(stop - start, self.base.width, dtype=torch.float64)
+        lost = torch.zeros_like(total)
         for columns in self.rounds:
             at = self.sources[columns]
             total[:, at], rest = two_sum(total[:, at], rows[:, columns])
-            if bool((rest != 0).any()):
-                return "the copies of a weight don't sum exactly"
-        return _sums(total, self.base.read(start, stop), rows[:, self.sources < 0])
+            lost[:, at], inexact = two_sum(lost[:, at], rest)
+            if bool((inexact != 0).any()):
+                return INEXACT
+        return _sums(total, lost, self.base.read(start, stop), rows[:, self.sources < 0])
 
 
 class _DownRows(_Check):
@@ -190,27 +195,37 @@ class _DownRows(_Check):
         import torch
 
         total = torch.zeros(stop - start, self.base.width, dtype=torch.float64)
+        lost = torch.zeros_like(total)
         here = numpy.flatnonzero((self.sources >= start) & (self.sources < stop))
-        for neuron in here.tolist():
-            row = self.grown.read(neuron, neuron + 1)[0].to(torch.float64)
-            at = int(self.sources[neuron]) - start
-            total[at], rest = two_sum(total[at], row)
-            if bool((rest != 0).any()):
-                return "the copies of a weight don't sum exactly"
+        sources = self.sources[here]
+        apart = (numpy.diff(here) != 1) | (numpy.diff(sources) != 1)
+        edges = [0, *(numpy.flatnonzero(apart) + 1).tolist(), len(here)]
+        for first, last in pairwise(edges):
+            neuron, at = int(here[first]), int(sources[first]) - start
+            rows = self.grown.read(neuron, neuron + last - first).to(torch.float64)
+            part = slice(at, at + last - first)
+            total[part], rest = two_sum(total[part], rows)
+            lost[part], inexact = two_sum(lost[part], rest)
+            if bool((inexact != 0).any()):
+                return INEXACT
         padding = int((self.sources < 0).sum()) if stop == self.base.rows else 0
         zeros = self.grown.read(self.grown.rows - padding, self.grown.rows)
-        return _sums(total, self.base.read(start, stop), zeros)
+        return _sums(total, lost, self.base.read(start, stop), zeros)
 
 
-def _sums(total: torch.Tensor, base: torch.Tensor, padding: torch.Tensor) -> str | None:
+def _sums(
+    total: torch.Tensor, lost: torch.Tensor, base: torch.Tensor, padding: torch.Tensor
+) -> str | None:
+    """Whether total + lost is exactly the base's weight, and padding is zero. `lost` is what
+    float64 lost of the sum: 0 for types up to float32, a last bit or two for float64."""
     import torch
 
-    wanted = base.to(torch.float64)
-    if not torch.equal(total, wanted):
-        off = (total - wanted).abs().nan_to_num(nan=float("inf"))
+    off, inexact = two_sum(total, -base.to(torch.float64))
+    if not torch.equal(off, -lost) or bool((inexact != 0).any()):
+        worst = float((off + lost).abs().nan_to_num(nan=float("inf")).max())
         return (
             f"the outgoing weights of a neuron's copies don't sum to what it had "
-            f"(off by up to {float(off.max()):.3g})"
+            f"(off by up to {worst:.3g})"
         )
     if bool((padding != 0).any()):
         return "outgoing weights of padding aren't zero"
@@ -313,13 +328,3 @@ def _grown_checks(
         stacked = numpy.where(stacked < 0, -1, stacked + offset)
         for rows in grown.blocks(BLOCK_ELEMENTS):
             yield _Rows(name, base, grown, rows, stacked)
-
-
-def growths_in(grown: Checkpoint) -> list[Mapping[str, object]]:
-    """The record of the growths that `grown` went through in this process, oldest first."""
-    return [
-        entry
-        for edit in grown.history
-        if edit.operation == "grow"
-        for entry in edit.details["mlps"]
-    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 
 from surgery.anatomy import MLP
@@ -27,23 +28,23 @@ def discover_growths(base: Checkpoint, other: Checkpoint) -> list[Growth]:
 
 def _discover(base: Checkpoint, other: Checkpoint, mlp: MLP, wide: MLP) -> Growth | None:
     """The growth of one MLP: each new neuron is looked up by the bytes of its up weights."""
-    sources: dict[bytes, int] = {}
+    sources: dict[bytes, list[int]] = defaultdict(list)
     for number, neuron in enumerate(_neurons(base, mlp)):
-        sources.setdefault(neuron, number)
+        sources[neuron].append(number)
     copied: list[tuple[int, int]] = []
     padding = 0
     for number, neuron in enumerate(_neurons(other, wide)):
         if number < mlp.width:
             continue
-        source = sources.get(neuron)
-        if source is None and not any(neuron):
+        found = sources.get(neuron, [])
+        if not found and not any(neuron):
             padding += 1
-        elif source is None or padding:
+        elif not found or padding:
             return None
-        elif copied and copied[-1][1] == source:
-            copied[-1] = (copied[-1][0], source + 1)
+        elif copied and copied[-1][1] in found:  # goes on where the last copy was
+            copied[-1] = (copied[-1][0], copied[-1][1] + 1)
         else:
-            copied.append((source, source + 1))
+            copied.append((found[0], found[0] + 1))
     return Growth(mlp, wide.width, tuple(copied), padding)
 
 

@@ -117,8 +117,8 @@ def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
 
 
 def _in_history(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
-    grown = [edit for edit in checkpoint.history if edit.operation == "grow"]
-    return list(grown[-1].details["mlps"]) if grown else []
+    last = checkpoint.history[-1:]
+    return [entry for edit in last if edit.operation == "grow" for entry in edit.details["mlps"]]
 
 
 def _in_record(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import CARD, Checkpoint
+from surgery.hub import Source
 from surgery.writing.plan import Plan
 
 INPUT_CARD = "README.input.md"
@@ -32,13 +33,18 @@ def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | byte
 
 def _metadata(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
     inputs = [source for edit in checkpoint.history for source in edit.inputs.values()]
-    names = dict.fromkeys(source.repo_id or source.path.name for source in inputs)
+    names = dict.fromkeys(model_name(source) for source in inputs)
     metadata: dict[str, Any] = {
         "base_model": list(names),
         "library_name": "transformers",
         "tags": ["surgery", *dict.fromkeys(edit.operation for edit in checkpoint.history)],
     }
     return metadata | _kept(given)
+
+
+def model_name(source: Source) -> str:
+    """The Hub's id, or the name of the directory: where it lies on this machine is nobody's."""
+    return source.repo_id or source.path.resolve().name
 
 
 def _kept(card: Path | None) -> dict[str, Any]:
@@ -50,23 +56,30 @@ def _kept(card: Path | None) -> dict[str, Any]:
     match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
     try:
         found = yaml.safe_load(match.group(1)) if match else None
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return {}  # a card is prose for people: one that can't be parsed says nothing to us
-    return {k: found[k] for k in _KEPT if k in found} if isinstance(found, dict) else {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: found[key] for key in _KEPT if key in found and _is_plain(found[key])}
+
+
+def _is_plain(value: Any) -> bool:
+    """A line of text, or a list of such: all that these keys can hold."""
+    if isinstance(value, list):
+        return all(isinstance(item, str) and _is_plain(item) for item in value)
+    return isinstance(value, str) and value.isprintable()
 
 
 def _yaml(value: Any) -> str:
     """A value on one line: JSON is YAML, and what it quotes can't break out of its place."""
-    return json.dumps(value, ensure_ascii=False, default=str)
+    return json.dumps(value)
 
 
 def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
     lines = ["# Edited with Surgery", ""]
     for edit in checkpoint.history:
         given = ", ".join(f"{k} = {v}" for k, v in edit.parameters.items() if v is not None)
-        inputs = ", ".join(
-            f"{role} {_code(s.repo_id or s.path.name)}" for role, s in edit.inputs.items()
-        )
+        inputs = ", ".join(f"{role} {_code(model_name(s))}" for role, s in edit.inputs.items())
         lines += [f"- **{edit.operation}** of {inputs}: {given}."]
     if command := record.get("command"):
         lines += ["", "The command:", "", *(f"    {line}" for line in command.splitlines())]
@@ -87,4 +100,6 @@ def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
 
 
 def _code(text: str) -> str:
-    return "`" + text.replace("`", "'").replace("\n", " ") + "`"
+    """A name in the text, which has to stay in its line."""
+    plain = "".join(character if character.isprintable() else " " for character in text)
+    return "`" + plain.replace("`", "'") + "`"

@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Mapping
 from importlib import metadata
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,19 @@ def make_record(
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:
     """The record as JSON, with lists of plain values on a line of their own."""
-    text = json.dumps(record, indent=2, ensure_ascii=False)
-    flat = re.compile(r"\[\s+([^\[\]{}\"]+?)\s+\]")
+    text = json.dumps(finite(record), indent=2, ensure_ascii=False, allow_nan=False)
+    flat = re.compile(r"\[\n\s+([^\[\]{}\"]+?)\n\s+\]")  # no string of JSON has a line break
     text = flat.sub(lambda found: "[" + " ".join(found.group(1).split()) + "]", text)
-    return (text + "\n").encode()
+    return (text + "\n").encode("utf-8", "backslashreplace")  # half a surrogate pair: its escape
+
+
+def finite(value: Any) -> Any:
+    """Plain data in which None stands for infinities and NaN, which JSON hasn't got."""
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def version(distribution: str) -> str | None:
@@ -59,7 +69,7 @@ def version(distribution: str) -> str | None:
 def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[str, Any] | None:
     """The norm of the update by stack, block by block, and outside: what it was, and what is
     left of it after scaling. None if nothing was tallied (an update inside a longer chain)."""
-    if not tallies:
+    if not tallies or checkpoint.history[-1].operation != "lines":
         return None
     anatomy = checkpoint.anatomy
     squares: dict[str, list[float]] = {
@@ -72,7 +82,7 @@ def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[s
             outside[name] = square
         else:
             squares[place.stack][place.block] += square
-    edit = next(edit for edit in reversed(checkpoint.history) if edit.operation == "lines")
+    edit = checkpoint.history[-1]
     scales: Mapping[str, list[float]] = edit.details["scales"]
     return {
         "blocks": {
@@ -87,7 +97,10 @@ def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[s
     }
 
 
-def _norms(square: float, scale: float) -> dict[str, float]:
+def _norms(square: float, scale: float) -> dict[str, float | None]:
+    """Six figures of each; None where the weights have a NaN or an infinity."""
+    if not isfinite(square):
+        return {"before": None, "after": None}
     before = square**0.5
     return {"before": float(f"{before:.6g}"), "after": float(f"{abs(scale) * before:.6g}")}
 
@@ -106,11 +119,10 @@ def _source(source: Source) -> dict[str, Any]:
     knows it, the SHA-256 (it names a large file's blob by its digest)."""
     files: dict[str, dict[str, Any]] = {}
     folder = source.path if source.path.is_dir() else source.path.parent
-    paths = sorted(folder.glob("*.safetensors")) if source.path.is_dir() else [source.path]
-    for path in paths:
-        blob = path.resolve().name
+    for name, size in source.files.items():
+        blob = (folder / name).resolve().name
         digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
-        files[path.name] = {"size": path.stat().st_size, "sha256": digest}
+        files[name] = {"size": size, "sha256": digest}
     return {
         "reference": source.reference,
         "revision": source.revision,
@@ -123,6 +135,7 @@ def _earlier_edits(folder: Path) -> list[Any]:
     """What had been done to an input before, as its own record tells."""
     try:
         edits = json.loads((folder / RECORD).read_text(encoding="utf-8"))["edits"]
-    except (OSError, ValueError, KeyError, TypeError):
+        json.dumps(edits, ensure_ascii=False, allow_nan=False).encode()
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return []  # no record, or not one of ours
     return edits if isinstance(edits, list) else []

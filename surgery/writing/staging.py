@@ -16,19 +16,37 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
     """Raise OutputError if writing to `target` could harm what is there, or an input."""
     problems = []
     real = target.resolve()
+    ours = {_staging_folder(target).resolve(), _replaced_folder(target).resolve()}
     for path in inputs:
         given = path.resolve()
+        if given in ours or not ours.isdisjoint(given.parents):
+            problems.append(
+                f"{path} is an input, under a name that writing {target} needs: move it"
+            )
         if real == given or real in given.parents or given in real.parents:
             problems.append(
                 f"{target} is, contains or lies inside the input {path}: choose another place"
             )
     if (target.exists() or target.is_symlink()) and not problems:
-        if not target.is_dir():
+        if target.is_symlink():
+            problems.append(f"{target} is a link: give the place that it leads to, or another")
+        elif not target.is_dir():
             problems.append(f"{target} exists and is no directory: choose another place")
+        elif target.is_mount():
+            problems.append(
+                f"{target} is a mount point, which can't be replaced in one step: choose a "
+                f"directory in it"
+            )
         elif any(target.iterdir()) and not overwrite:
             problems.append(
                 f"{target} exists already: choose another place, or replace it with --overwrite"
             )
+    aside = _replaced_folder(target)
+    if overwrite and aside.exists() and not problems:
+        problems.append(
+            f"{aside} is there: it is what an interrupted run was about to replace. Move it back "
+            f"or remove it"
+        )
     OutputError.raise_if(problems)
 
 
@@ -39,11 +57,11 @@ def staging(target: Path) -> Iterator[Path]:
     It is locked while it is in use; the lock goes with the process, so that one that was killed
     leaves nothing that stops the next run: what it left behind is removed here.
     """
-    folder = target.parent / f".{target.name}.staging"
+    folder = _staging_folder(target)
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        if folder.is_symlink():
-            raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
         folder.mkdir(exist_ok=True)
         lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as error:
@@ -53,33 +71,64 @@ def staging(target: Path) -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(f"another run is writing {target}: wait for it") from error
+        if not _is(folder, lock):  # another run has published what we locked
+            raise OutputError(f"another run has just written {target}")
         try:
             _empty(folder)
             yield folder
         finally:
-            if folder.exists() and os.path.samestat(folder.stat(), os.fstat(lock)):
+            if _is(folder, lock):
                 shutil.rmtree(folder)
     finally:
         os.close(lock)
 
 
-def publish(folder: Path, target: Path) -> None:
-    """Move `folder` to `target`, in the place of what is there. Everything in it is synced."""
+def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
+    """Move `folder` to `target`, in the place of what is there. Everything in it is synced.
+
+    Raises OutputError, and leaves what is there as it is, if something came there meanwhile and
+    `overwrite` is False, or the move fails.
+    """
     try:
         for path in [*folder.rglob("*"), folder]:
             _sync(path)
         if target.exists() and any(target.iterdir()):
-            aside = target.parent / f".{target.name}.replaced"
-            if aside.exists():
-                shutil.rmtree(aside)
-            os.rename(target, aside)
-            os.rename(folder, target)
-            shutil.rmtree(aside)
+            if not overwrite:
+                raise OutputError(f"{target} was made by somebody else meanwhile: nothing written")
+            _replace(folder, target)
         else:
             os.rename(folder, target)  # also over an empty directory
         _sync(target.parent)
     except OSError as error:
         raise OutputError(f"{target} can't be published: {error}") from error
+
+
+def _replace(folder: Path, target: Path) -> None:
+    aside = _replaced_folder(target)
+    try:
+        os.rename(target, aside)
+        os.rename(folder, target)
+    except BaseException:  # an interrupt too: what was there comes back
+        if aside.exists() and not target.exists():
+            os.rename(aside, target)
+        raise
+    shutil.rmtree(aside)
+
+
+def _staging_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.staging"
+
+
+def _replaced_folder(target: Path) -> Path:
+    return target.parent / f".{target.name}.replaced"
+
+
+def _is(folder: Path, lock: int) -> bool:
+    """Whether the directory that is open as `lock` still has this name."""
+    try:
+        return os.path.samestat(folder.stat(), os.fstat(lock))
+    except FileNotFoundError:
+        return False
 
 
 def _empty(folder: Path) -> None:

@@ -74,7 +74,7 @@ def write(
         _check_staged(layout, staged)
         if check is not None:
             check(staged)
-        publish(folder, target)
+        publish(folder, target, overwrite=overwrite)
     return Written(target, layout, record, tallies)
 
 
@@ -157,7 +157,7 @@ def _fill(
             _write_at(fd, memoryview(shard.head), 0)
             fds[shard.name] = fd
         run_all(_jobs(layout, fds), work, threads)
-    return {name: fsum(values) for name, values in sums.items()}
+    return {name: fsum(sums[name]) for name in layout.checkpoint if name in sums}
 
 
 def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute | _Measure]:
@@ -241,8 +241,8 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
     checkpoint = layout.checkpoint
     made: dict[str, Path | bytes] = dict(checkpoint.companions)
     made |= model_card(layout, record)
-    if checkpoint.config:
-        made["config.json"] = config_bytes(checkpoint)
+    if (config := config_bytes(checkpoint)) is not None:
+        made["config.json"] = config
     if layout.index is not None:
         made["model.safetensors.index.json"] = layout.index
     made["surgery.json"] = record_bytes(record)

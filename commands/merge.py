@@ -1,0 +1,172 @@
+"""`surgery merge`: several models into one."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from surgery.errors import ArgumentError
+
+from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .output import command_line, console, print_json, progress
+from .writes import dry_run as show_plan
+
+if TYPE_CHECKING:
+    from surgery import Checkpoint, Written
+
+
+def merge(
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="BASE MODEL...", help=f"The base, then what to merge. {MODEL}"),
+    ],
+    method: Annotated[str, typer.Option(help="How to merge: see `surgery methods`.")],
+    out: Out,
+    weight: Annotated[
+        str | None, typer.Option(help="One number for all models, or one for each: 0.5,0.5.")
+    ] = None,
+    density: Annotated[
+        str | None, typer.Option(help="The part of each update to keep; one number, or one each.")
+    ] = None,
+    param: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=VALUE", help="Another parameter of the method; repeatable."),
+    ] = None,
+    lines: Annotated[
+        str | None,
+        typer.Option(
+            metavar="auto|ALPHA,BETA",
+            help="LiNeS on top: scale the merged update with depth, from ALPHA to ALPHA + BETA.",
+        ),
+    ] = None,
+    no_base: Annotated[
+        bool, typer.Option("--no-base", help="There is no base: all models are to be merged.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="For methods that drop at random.")] = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json: AsJson = False,
+    max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
+    threads: Threads = None,
+) -> None:
+    """Merge fine-tunes of one base: `surgery merge BASE A B --method ties -o OUT`.
+
+    `surgery methods` lists the methods, their parameters and their papers. With --lines auto
+    the merged update is scaled with depth as LiNeS does, its alpha worked out from the models
+    and its beta the method's lambda. arXiv 2410.17146.
+    """
+    import surgery
+
+    given = _parameters(weight, density, param or [])
+    scaling = _lines(lines)
+    _check_base(method, models, no_base=no_base, lines=lines)
+    if scaling == "auto" and dry_run:
+        # what is planned doesn't depend on alpha, which takes reading every byte
+        scaling = (1.0, given.pop("lambda", 1.0))
+    opened = [surgery.open_checkpoint(model, headers_only=dry_run) for model in models]
+    base, tuned = (None, opened) if no_base else (opened[0], opened[1:])
+
+    def run(advance: Any = None) -> Checkpoint:
+        return surgery.merge(
+            tuned,
+            base=base,
+            method=method,
+            seed=seed,
+            lines=scaling,
+            threads=threads,
+            progress=advance,
+            **given,
+        )
+
+    if dry_run:
+        show_plan(run(), out, max_shard_size, threads, overwrite=overwrite, json=json)
+        return
+    if scaling == "auto" and base is not None:
+        with progress("measuring", base.numel * 4) as advance:
+            edited = run(advance)
+    else:
+        edited = run()
+    with progress("writing", edited.nbytes) as advance:
+        written = surgery.write(
+            edited,
+            out,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_size,
+            threads=threads,
+            progress=advance,
+            command=command_line(),
+        )
+    if json:
+        print_json({"out": str(out), **written.record})
+    else:
+        _print(written)
+
+
+def _check_base(method: str, models: list[str], *, no_base: bool, lines: str | None) -> None:
+    """A method without a base must not take the first of the models for one in silence."""
+    from surgery.operations.methods import find_method
+
+    chosen = find_method(method)
+    if chosen.base == "none" and not no_base and lines is None:
+        raise ArgumentError(
+            f"{method} takes no base: pass --no-base to merge all {len(models)} models given"
+        )
+    if no_base and chosen.needs_base:
+        raise ArgumentError(f"{method} needs the base: leave --no-base out, and give it first")
+
+
+def _parameters(weight: str | None, density: str | None, others: list[str]) -> dict[str, Any]:
+    """What was given, by name. Raises ArgumentError for what can't be read."""
+    given: list[tuple[str, str | None]] = [("weight", weight), ("density", density)]
+    problems = []
+    for text in others:
+        name, found, after = text.partition("=")
+        if not found:
+            problems.append(f"--param {text}: give it as NAME=VALUE")
+        given.append((name.strip(), after))
+    values = {}
+    for name, value in given:
+        if value is None:
+            continue
+        if name in values:
+            problems.append(f"{name} is given twice")
+        values[name] = _value(value)
+    ArgumentError.raise_if(problems)
+    return values
+
+
+def _value(text: str) -> Any:
+    """A number, true or false, several of them between commas; or the text itself, which no
+    parameter takes, for the error to show."""
+    if "," in text:
+        return tuple(_value(part) for part in text.split(","))
+    word = text.strip()
+    if word.lower() in ("true", "false"):
+        return word.lower() == "true"
+    for kind in (int, float):
+        try:
+            return kind(word)
+        except ValueError:
+            continue
+    return word
+
+
+def _lines(text: str | None) -> Any:
+    """ "auto", or alpha and beta."""
+    if text is None or text == "auto":
+        return text
+    value = _value(text)
+    if not isinstance(value, tuple) or len(value) != 2:
+        raise ArgumentError(f"--lines is {text!r}, and has to be auto or ALPHA,BETA: 0.3,0.7")
+    return value
+
+
+def _print(written: Written) -> None:
+    edit = written.record["edits"][-1]
+    out = console()
+    if scaling := edit["details"].get("lines"):
+        out.print(f"lambda from {scaling['alpha']:.4g} to {scaling['alpha'] + scaling['beta']:.4g}")
+    inputs = len(edit["inputs"])
+    out.print(f"Merged {inputs} checkpoints with {edit['parameters']['method']}")
+    out.print(f"Written to {written.target}", markup=False)

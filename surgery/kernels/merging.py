@@ -1,0 +1,202 @@
+"""What most merges come down to: linear combinations, and task vectors fused into one update.
+
+Every kernel here is given the base (or the first model) and the models, and makes
+base + scale * tau_merged, rounded once to `dtype`; with `bare` it makes tau_merged alone, in
+`compute`, for what has to be known of the update before it is applied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How a merge ends: what it computes in, what it rounds to, the factor on the merged update,
+    and whether the update is wanted alone."""
+
+    compute: torch.dtype
+    dtype: torch.dtype
+    scale: float = 1.0
+    bare: bool = False
+
+
+@dataclass(frozen=True)
+class Combination:
+    """`start` * x_0 + the sum of `steps`[i] * (x_i - x_0).
+
+    In differences, so that models that agree give what they agree on, bit for bit.
+    """
+
+    start: float
+    steps: tuple[float, ...]
+
+
+def updates(
+    base: torch.Tensor, models: Sequence[torch.Tensor], compute: torch.dtype
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The base in `compute`, and tau_i = theta_i - theta_base of every model, fresh."""
+    start = base.to(compute)
+    return start, [
+        model - start if model.dtype == compute else model.to(compute).sub_(start)
+        for model in models
+    ]
+
+
+def finish(base: torch.Tensor, update: torch.Tensor, rounding: Rounding) -> torch.Tensor:
+    """base + scale * update, rounded once. `update` is overwritten."""
+    if rounding.bare:
+        return update
+    if rounding.scale != 1:
+        update.mul_(rounding.scale)
+    return update.add_(base).to(rounding.dtype)
+
+
+def combine(
+    first: torch.Tensor,
+    *others: torch.Tensor,
+    rounding: Rounding,
+    combination: Combination | None = None,
+    measured: Combination | None = None,
+) -> torch.Tensor:
+    """A linear combination of the inputs, all of one shape.
+
+    Averages (model soups, arXiv 2203.05482), task arithmetic (arXiv 2212.04089; the first input
+    is the base), WiSE-FT (arXiv 2109.01903), ExPO (arXiv 2404.16792), and whatever has its
+    coefficients from a Gram matrix (kernels/spheres.py).
+    """
+    chosen = combination or measured
+    assert chosen is not None
+    start, taus = updates(first, others, rounding.compute)
+    total: torch.Tensor | None = None
+    if chosen.start != 1:
+        total = start.mul(chosen.start - 1)
+    for tau, step in zip(taus, chosen.steps, strict=True):
+        weighted = tau if step == 1 else tau.mul_(step)
+        total = weighted if total is None else total.add_(weighted)
+    return finish(start, torch.zeros_like(start) if total is None else total, rounding)
+
+
+def scaled(tensor: torch.Tensor, *, factor: float, rounding: Rounding) -> torch.Tensor:
+    """factor * tensor."""
+    return tensor.to(rounding.compute).mul(factor).to(rounding.dtype)
+
+
+def difference(base: torch.Tensor, merged: torch.Tensor, *, compute: torch.dtype) -> torch.Tensor:
+    """merged - base, the update of a merge that was made without the base."""
+    return merged.to(compute) - base.to(compute)
+
+
+def fuse(
+    taus: Sequence[torch.Tensor], weights: Sequence[float], *, elect: bool, normalize: bool
+) -> torch.Tensor:
+    """Weighted task vectors, overwritten, as one.
+
+    With `elect` only the entries count whose sign is that of the weighted sum (zero sums count
+    as positive), and `normalize` divides by the weights that counted: with weights of 1 that is
+    the disjoint mean of TIES (arXiv 2306.01708, section 4). Without `elect` it is a plain sum,
+    divided by the sum of all weights.
+    """
+    for tau, weight in zip(taus, weights, strict=True):
+        if weight != 1:
+            tau.mul_(weight)
+    total = taus[0].clone() if elect else taus[0]
+    for tau in taus[1:]:
+        total.add_(tau)
+    if not elect:
+        divisor = sum(weights)
+        return total.div_(divisor) if normalize and abs(divisor) > 1e-8 else total
+    sign = torch.copysign(torch.ones((), dtype=total.dtype), total)
+    merged: torch.Tensor | None = None
+    counted: torch.Tensor | None = None
+    for tau, weight in zip(taus, weights, strict=True):
+        agreeing = tau.mul_(sign).clamp_(min=0)  # an entry against the sign becomes 0
+        if normalize:
+            share = agreeing.gt(0).to(total.dtype)
+            share = share if weight == 1 else share.mul_(weight)
+            counted = share if counted is None else counted.add_(share)
+        merged = agreeing if merged is None else merged.add_(agreeing)
+    assert merged is not None
+    if counted is not None:
+        merged.div_(counted.masked_fill_(counted == 0, 1))
+    return merged.mul_(sign)
+
+
+def trim(
+    base: torch.Tensor,
+    *models: torch.Tensor,
+    weights: Sequence[float],
+    elect: bool,
+    normalize: bool,
+    rounding: Rounding,
+    measured: Sequence[tuple[float, float] | None],
+) -> torch.Tensor:
+    """Keep the entries of each task vector whose magnitude is within `measured`'s bounds, both
+    included, and fuse.
+
+    TIES trims what is small (arXiv 2306.01708), Model Breadcrumbs both ends (arXiv 2312.06795).
+    """
+    start, taus = updates(base, models, rounding.compute)
+    for tau, bounds in zip(taus, measured, strict=True):
+        if bounds is None:
+            continue
+        low, high = bounds
+        size = tau.abs()
+        outside = size.lt(low)
+        if high != float("inf"):
+            outside |= size > high
+        tau.masked_fill_(outside, 0)
+    return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
+
+
+def drop(
+    base: torch.Tensor,
+    *rest: torch.Tensor,
+    weights: Sequence[float],
+    densities: Sequence[float],
+    spreads: Sequence[float] | None,
+    rescale: bool,
+    elect: bool,
+    normalize: bool,
+    rounding: Rounding,
+) -> torch.Tensor:
+    """Drop entries of each task vector at random, and fuse. `rest` is the models, then noise for
+    each, uniform in [-1, 1).
+
+    DARE (arXiv 2311.03099): every entry is kept with probability `density` and then divided by
+    it. DELLA (arXiv 2406.11617): the probability goes from density - spread for the smallest
+    magnitude of a row to density + spread for its largest, by rank, and each entry is divided by
+    its own.
+    """
+    count = len(weights)
+    start, taus = updates(base, rest[:count], rounding.compute)
+    for at, (tau, noise) in enumerate(zip(taus, rest[count:], strict=True)):
+        density = densities[at]
+        if density >= 1:
+            continue
+        uniform = noise.add_(1).mul_(0.5).to(rounding.compute)  # exact: 24 bits
+        if spreads is None:
+            tau.masked_fill_(uniform >= density, 0)
+            if rescale:
+                tau.div_(density)
+        else:
+            kept = by_rank(tau, density, spreads[at])
+            tau.masked_fill_(uniform >= kept, 0)
+            if rescale:
+                tau.div_(kept)
+    return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
+
+
+def by_rank(tau: torch.Tensor, density: float, spread: float) -> torch.Tensor:
+    """The probability to keep each entry, by the rank of its magnitude in its row; those of one
+    magnitude are ranked as they stand. A row is the last axis, or all of a vector."""
+    width = tau.shape[-1] if tau.dim() else 1
+    if width == 1:
+        return torch.full_like(tau, density)
+    order = tau.abs().argsort(dim=-1, stable=True)
+    rank = torch.arange(width, dtype=tau.dtype).expand_as(tau)
+    ranks = torch.empty_like(tau).scatter_(-1, order, rank)
+    return ranks.mul_(2 * spread / (width - 1)).add_(density - spread)

@@ -1,0 +1,245 @@
+"""Merge: several models, or what fine-tuning did to them, made into one, tensor by tensor.
+
+The methods are in `methods.py`; here is what they have in common: what has to agree, tied heads,
+what isn't merged, and LiNeS on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from surgery.anatomy import Role
+from surgery.checkpoint import Checkpoint, Edit
+from surgery.errors import ArgumentError
+from surgery.operations.job import Job
+from surgery.operations.lines import depth_scale, scale_of
+from surgery.operations.mergeable import Lines, check_arguments, check_together
+from surgery.operations.methods import Method, find_method, joint_problems
+from surgery.operations.parameters import resolve
+from surgery.parallel import Progress
+from surgery.tensor import LazyTensor
+
+PerTensor = Callable[[str], Mapping[str, Any]]
+
+
+def merge(
+    models: Sequence[Checkpoint],
+    *,
+    base: Checkpoint | None = None,
+    method: str,
+    seed: int = 0,
+    lines: Lines = None,
+    per_tensor: PerTensor | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    **parameters: Any,
+) -> Checkpoint:
+    """The merge of `models` by `method` (one of `METHODS`, with its `parameters`).
+
+    A parameter that is per model takes a number, or one for each model; `lambda` is written
+    `lambda_`. `per_tensor` gives, by a tensor's name, parameters that differ for it. With
+    `lines=(alpha, beta)` the merged update is scaled with depth, theta = theta_base +
+    lambda(l) * tau_merged (LiNeS, arXiv 2410.17146); "auto" takes alpha = ||sum tau_i||_1 /
+    (N ||tau_merged||_1), for which every input is read here, by `threads`, and the method's
+    `lambda` as beta.
+
+    Integers and buffers stay as they are. Dtypes, config and companion files are those of the
+    base, or of the first model if the method takes none. Raises ArgumentError, MismatchError or
+    UnsupportedError, with all that is wrong.
+    """
+    chosen = find_method(method)
+    given = {name.rstrip("_"): value for name, value in parameters.items()}
+    values = check_arguments(chosen, models, base, given, lines)
+    check_together(models, base)
+    merging = _Merging(chosen, models, base, seed, given, per_tensor)
+    scales, details = None, {}
+    if lines is not None:
+        assert base is not None
+        alpha, beta = lines if lines != "auto" else (0.0, 0.0)
+        if lines == "auto":
+            from surgery.operations.norms import automatic_alpha
+
+            alpha = automatic_alpha(merging.updates(), len(models), threads, progress)
+            beta = values.get("lambda", 1.0)
+        scales = merging.scales(alpha, beta)
+        details = {"lines": _lines_details(base, alpha, beta)}
+    edit = Edit(
+        "merge",
+        {
+            "method": method,
+            **values,
+            **({"seed": seed} if chosen.random else {}),
+            "lines": list(lines) if isinstance(lines, tuple) else lines,
+        },
+        {
+            **({} if base is None else {"base": base.source}),
+            **{f"model_{at}": model.source for at, model in enumerate(models, 1)},
+        },
+        details,
+    )
+    return merging.first.edited(edit, merging.tensors(scales), merging.config())
+
+
+class _Merging:
+    """A merge that has been checked: which tensors, of which inputs, with which parameters."""
+
+    def __init__(
+        self,
+        method: Method,
+        models: Sequence[Checkpoint],
+        base: Checkpoint | None,
+        seed: int,
+        given: Mapping[str, Any],
+        per_tensor: PerTensor | None,
+    ) -> None:
+        self.method, self.models, self.base, self.seed = method, models, base, seed
+        self.first = models[0] if base is None else base
+        every = models if base is None else (base, *models)
+        self.tied = all(model.anatomy.tied for model in every)
+        heads = [model.anatomy.head for model in every if model.anatomy.head is not None]
+        self.head = heads[0] if heads and not self.tied else self.first.anatomy.head
+        self.names = [
+            name
+            for name, tensor in self.first.items()
+            if tensor.dtype.kind == "float"
+            and self.first.anatomy.places[name].role is not Role.BUFFER
+        ]
+        if self.head is not None and self.head not in self.first:
+            self.names.append(self.head)
+        self.values = self._values(given, per_tensor)
+        self.made: dict[str, LazyTensor] = {}
+        """Updates that were made to be measured."""
+
+    def _values(
+        self, given: Mapping[str, Any], per_tensor: PerTensor | None
+    ) -> dict[str, dict[str, Any]]:
+        """The parameters of every tensor."""
+        values, problems = {}, []
+        for name in self.names:
+            own = {**given, **(per_tensor(name) if per_tensor is not None else {})}
+            values[name], found = resolve(self.method.parameters, own, len(self.models))
+            found += joint_problems(self.method, values[name], len(self.models))
+            problems += [f"{name}: {problem}" for problem in found]
+        ArgumentError.raise_if(problems)
+        return values
+
+    def tensors(self, scales: Mapping[str, float] | None) -> dict[str, LazyTensor]:
+        """Every merged tensor by name; `scales` takes the place of the method's own factor."""
+        return {
+            name: self._build(name, None if scales is None else scales[name]) for name in self.names
+        }
+
+    def updates(self) -> dict[str, tuple[LazyTensor, LazyTensor]]:
+        """For every tensor the sum of the task vectors and the merged one, unscaled."""
+        self.made = {name: self._update(name) for name in self.names}
+        return {name: (self._sum(name), made) for name, made in self.made.items()}
+
+    def scales(self, alpha: float, beta: float) -> dict[str, float]:
+        """lambda(l) of LiNeS for every tensor."""
+        anatomy = self.first.anatomy
+        return {
+            name: scale_of(anatomy.places[name], anatomy, alpha, beta, "alpha")
+            if name in anatomy.places
+            else alpha
+            for name in self.names
+        }
+
+    def config(self) -> dict[str, Any]:
+        """The config, untied if head and embedding are now two."""
+        config = self.first.settled_config
+        if self.tied or self.head is None or not self.first.anatomy.tied:
+            return config
+        nested = config.get("text_config")
+        if isinstance(nested, Mapping) and "tie_word_embeddings" in nested:
+            config["text_config"] = {**nested, "tie_word_embeddings": False}
+        return {**config, "tie_word_embeddings": False}
+
+    def _build(self, name: str, scale: float | None) -> LazyTensor:
+        job = self._job(name)
+        if scale is None:
+            return self.method.build(replace(job, scale=job.parameters.get("lambda", 1.0)))
+        assert self.base is not None
+        if self.method.base == "none":
+            return _scaled_merge(self.method, job, self._of(self.base, name), scale)
+        built = self.method.build(replace(job, scale=scale))
+        known = self.made.get(name)
+        if built.measure is None or known is None:
+            return built
+        return replace(built, measure=partial(_already_measured, known))
+
+    def _job(self, name: str) -> Job:
+        place = self.first.anatomy.places.get(name)
+        tied = self.tied and name == self.head
+        first = self._of(self.first, name)
+        return Job(
+            # noise goes by the name: a tied head stored twice gets that of the embedding
+            name=self.first.anatomy.embedding or name if tied else name,
+            base=None
+            if self.base is None or self.method.base == "none"
+            else self._of(self.base, name),
+            models=tuple(self._of(model, name) for model in self.models),
+            parameters=self.values[name],
+            dtype=first.dtype,
+            seed=self.seed,
+            matrix=len(first.shape) == 2
+            and place is not None
+            and place.block is not None
+            and place.role is not Role.NORM,
+        )
+
+    def _of(self, model: Checkpoint, name: str) -> LazyTensor:
+        """The tensor `name` of a model, which may tie its head to its embedding."""
+        if name not in model and name == self.head and model.anatomy.embedding is not None:
+            return model[model.anatomy.embedding]
+        return model[name]
+
+    def _update(self, name: str) -> LazyTensor:
+        """tau_merged, unscaled, in the type that it is computed in."""
+        job = self._job(name)
+        if self.method.base != "none":
+            return self.method.build(replace(job, bare=True))
+        from surgery.kernels.merging import difference
+
+        assert self.base is not None
+        merged = self.method.build(replace(job, dtype=job.wide))
+        return LazyTensor(
+            merged.shape,
+            job.wide,
+            inputs=(self._of(self.base, name), merged),
+            kernel=partial(difference, compute=job.compute),
+        )
+
+    def _sum(self, name: str) -> LazyTensor:
+        from surgery.kernels.merging import Combination, combine
+
+        assert self.base is not None
+        job = replace(self._job(name), base=self._of(self.base, name), bare=True)
+        return job.tensor(partial(combine, combination=Combination(1.0, (1.0,) * len(job.models))))
+
+
+def _scaled_merge(method: Method, job: Job, base: LazyTensor, scale: float) -> LazyTensor:
+    """base + scale * (merged - base), for a method that knows no base, rounded once."""
+    from surgery.kernels.updates import scale_update
+
+    merged = method.build(replace(job, dtype=job.wide))
+    kernel = partial(scale_update, scale=scale, compute=job.compute, dtype=job.dtype.torch)
+    return LazyTensor(base.shape, job.dtype, inputs=(base, merged), kernel=kernel)
+
+
+def _already_measured(known: LazyTensor, inputs: tuple[LazyTensor, ...]) -> Any:
+    """What was measured of the same inputs before."""
+    return known.measured
+
+
+def _lines_details(base: Checkpoint, alpha: float, beta: float) -> dict[str, Any]:
+    return {
+        "alpha": alpha,
+        "beta": beta,
+        "scales": {
+            stack: [depth_scale(block, depth, alpha, beta) for block in range(depth)]
+            for stack, depth in base.anatomy.stacks.items()
+        },
+    }
