@@ -253,8 +253,8 @@ def _files_of_index(index: Mapping[str, Any], path: Path) -> list[str]:
         raise FormatError(f"{path} has no weight_map")
     strange = [value for value in weight_map.values() if not isinstance(value, str)]
     named = {value for value in weight_map.values() if isinstance(value, str)}
-    strange += [n for n in named if n != PurePosixPath(n).name or "\\" in n or "\0" in n]
-    strange += [n for n in named if n in ("", "..")]
+    strange += [n for n in sorted(named) if n != PurePosixPath(n).name or "\\" in n or "\0" in n]
+    strange += [n for n in sorted(named) if n in ("", "..")]
     FormatError.raise_if(
         f"{path}: weight_map names {name!r}, which isn't the plain name of a file beside it"
         for name in dict.fromkeys(map(str, strange))

@@ -79,7 +79,7 @@ def test_lines_writes_and_shows_scales_and_norms(make_model: Make, tmp_path: Pat
     norms = record["norms"]["blocks"]["model.layers"]
     assert norms[0]["after"] == pytest.approx(0.25 * norms[0]["before"], rel=1e-5)
     assert norms[1]["after"] == norms[1]["before"] > 0
-    assert record["command"].startswith("surgery ")
+    assert record["command"].startswith("surgery")
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 

@@ -511,9 +511,9 @@ def test_offline_with_an_empty_cache(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
 def test_nobody_answers(hub: Hub) -> None:
     hub.close()
     assert problem("org/name") == (
-        f"org/name can't be fetched from {hub.endpoint} ([Errno {errno.ECONNREFUSED}] Connection "
-        f"refused), and it isn't in the cache: check the network and HF_ENDPOINT, or give a local "
-        f"directory"
+        f"org/name is no directory here, it isn't in the cache, and it can't be fetched from "
+        f"{hub.endpoint} ([Errno {errno.ECONNREFUSED}] Connection refused): check the network and "
+        f"HF_ENDPOINT, or give a local directory"
     )
 
 
@@ -521,7 +521,8 @@ def test_an_answer_that_does_not_come(hub: Hub, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT", 0.1)
     hub.delay = 1.0
     assert problem("org/name").startswith(
-        f"org/name can't be fetched from {hub.endpoint} (timed out), and it isn't in the cache"
+        f"org/name is no directory here, it isn't in the cache, and it can't be fetched from "
+        f"{hub.endpoint} (timed out)"
     )
 
 

@@ -22,9 +22,11 @@ from surgery.writing import write
 
 WINDOW = 256
 """Bytes that are read at a time; losses are averaged over all but the first of each."""
-WINDOWS = 96
-STEPS = (0.0, 0.2, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+WINDOWS = 64
+STEPS = (0.0, 0.2, 0.4, 0.6, 0.8, 1.0)
 """Where the two curves are computed."""
+KEEP = 0.9
+"""The share of what fine-tuning learnt that LiNeS has to leave."""
 
 
 @dataclass(frozen=True)
@@ -117,15 +119,9 @@ def tell(target: Path, said: Callable[[str], object] = lambda text: None) -> Sto
 
 
 def _choose(curve: Mapping[float, Losses], base: Losses, tuned: Losses) -> float:
-    """The alpha that keeps most of what was learnt and of what was known: the least sum of the
-    two losses, each as a share of what fine-tuning changed."""
-
-    def cost(losses: Losses) -> float:
-        forgot = (losses.prose - base.prose) / (tuned.prose - base.prose)
-        missed = (losses.code - tuned.code) / (base.code - tuned.code)
-        return forgot + missed
-
-    return min((alpha for alpha in curve if 0 < alpha < 1), key=lambda alpha: cost(curve[alpha]))
+    """The smallest alpha, the one that remembers most, that keeps KEEP of what was learnt."""
+    enough = base.code - KEEP * (base.code - tuned.code)
+    return min(alpha for alpha, losses in curve.items() if losses.code <= enough)
 
 
 def _at_code_loss(curve: Mapping[float, Losses], code: float) -> float | None:

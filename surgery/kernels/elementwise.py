@@ -19,7 +19,7 @@ def consensus(
 ) -> torch.Tensor:
     """Consensus merging, Wang et al., arXiv 2405.07813.
 
-    The TALL mask of a task keeps the entries where |tau_i| >= mask * |tau_sum - tau_i| (eq. 5);
+    The TALL mask of a task keeps the entries where |tau_i| >= mask * |tau_sum - tau_i|;
     of tau_sum, the weighted sum, those entries stay that at least `agreement` masks keep.
     """
     start, taus = updates(base, models, rounding.compute)
@@ -116,7 +116,7 @@ def sce(
     rounding: Rounding,
     measured: tuple[float, Sequence[float]],
 ) -> torch.Tensor:
-    """Select, Calculate, Erase: Wan et al., FuseChat, arXiv 2408.07990, section 3.3.
+    """Select, Calculate, Erase: Wan et al., FuseChat, arXiv 2408.07990.
 
     Entries whose variance over the models is at least `measured`'s threshold are selected; the
     weight of a model is its share of the squares of what was selected; entries against the sign

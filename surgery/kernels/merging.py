@@ -97,32 +97,42 @@ def fuse(
 
     With `elect` only the entries count whose sign is that of the weighted sum (zero sums count
     as positive), and `normalize` divides by the weights that counted: with weights of 1 that is
-    the disjoint mean of TIES (arXiv 2306.01708, section 4). Without `elect` it is a plain sum,
+    the disjoint mean of TIES (arXiv 2306.01708). Without `elect` it is a plain sum,
     divided by the sum of all weights.
     """
     for tau, weight in zip(taus, weights, strict=True):
         if weight != 1:
             tau.mul_(weight)
-    total = taus[0].clone() if elect else taus[0]
-    for tau in taus[1:]:
-        total.add_(tau)
     if not elect:
+        total = taus[0]
+        for tau in taus[1:]:
+            total.add_(tau)
         divisor = sum(weights)
         return total.div_(divisor) if normalize and abs(divisor) > 1e-8 else total
+    total = taus[0].add(taus[1]) if len(taus) > 1 else taus[0]
+    for tau in taus[2:]:
+        total.add_(tau)
     sign = torch.copysign(torch.ones((), dtype=total.dtype), total)
-    merged: torch.Tensor | None = None
-    counted: torch.Tensor | None = None
+    merged = counted = None
     for tau, weight in zip(taus, weights, strict=True):
         agreeing = tau.mul_(sign).clamp_(min=0)  # an entry against the sign becomes 0
         if normalize:
-            share = agreeing.gt(0).to(total.dtype)
+            share = agreeing.sign()
             share = share if weight == 1 else share.mul_(weight)
             counted = share if counted is None else counted.add_(share)
         merged = agreeing if merged is None else merged.add_(agreeing)
     assert merged is not None
     if counted is not None:
-        merged.div_(counted.masked_fill_(counted == 0, 1))
+        merged.div_(_nowhere_zero(counted, weights))
     return merged.mul_(sign)
+
+
+def _nowhere_zero(counted: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
+    """Sums of some of the weights, with something else where there are none: a clamp, which is
+    many times as fast as a comparison, where no sum can be less than the smallest weight."""
+    if min(weights) >= 0 and max(weights) > 0:
+        return counted.clamp_(min=min(weight for weight in weights if weight > 0))
+    return counted.masked_fill_(counted == 0, 1)
 
 
 def trim(
@@ -141,15 +151,21 @@ def trim(
     """
     start, taus = updates(base, models, rounding.compute)
     for tau, bounds in zip(taus, measured, strict=True):
-        if bounds is None:
-            continue
-        low, high = bounds
-        size = tau.abs()
-        outside = size.lt(low)
-        if high != float("inf"):
-            outside |= size > high
-        tau.masked_fill_(outside, 0)
+        if bounds is not None:
+            _keep_between(tau, *bounds)
     return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
+
+
+def _keep_between(tau: torch.Tensor, low: float, high: float) -> None:
+    """Zero what is smaller or larger in magnitude. `hardshrink` keeps what is larger than its
+    bound, at a tenth of the time of a mask."""
+    if low > 0:
+        below = torch.nextafter(
+            torch.tensor(low, dtype=tau.dtype), torch.zeros((), dtype=tau.dtype)
+        )
+        torch.hardshrink(tau, float(below), out=tau)
+    if high < float("inf"):
+        tau.sub_(torch.hardshrink(tau, high))
 
 
 def drop(

@@ -1,5 +1,9 @@
 """Exact order statistics of more numbers than are held at once, without a sort.
 
+A sample says about where the value of a rank lies; a pass that counts what is below, and keeps
+what is near, then says exactly which it is (`Window`). Where the sample misled, a search does it
+in any case:
+
 The bits of nonnegative IEEE floats, read as whole numbers, are in the order of the floats. So a
 histogram over the top 16 bits says in which bin the value of a given rank lies, and a second
 pass over the numbers, counting the next 16 bits of those in that bin, says which it is (float64
@@ -15,6 +19,45 @@ import numpy
 import torch
 
 BINS = 1 << 16
+
+
+MARGIN = 0.01
+"""How far from its place in the sample, as a part of all numbers, a value is looked for."""
+
+
+class Window:
+    """The value at `rank` of a stream of `count` nonnegative floats, if it lies where a sorted
+    `sample` of them suggests."""
+
+    def __init__(self, rank: int, count: int, sample: numpy.ndarray) -> None:
+        self.rank = rank
+        last = len(sample) - 1
+        first, end = ((rank / count + way * MARGIN) * last for way in (-1, 1))
+        self._low = sample[int(first)] if first > 0 else sample.dtype.type(0)
+        self._high = sample[int(end) + 1] if end < last else sample.dtype.type("inf")
+        self._below = 0
+        self._near: list[numpy.ndarray] = []
+        self._room = max(1 << 16, int(8 * MARGIN * count))
+
+    def count(self, values: torch.Tensor) -> None:
+        """Take a part of the stream into account."""
+        if self._room < 0:
+            return  # many equal numbers: more than a window should hold
+        flat = values.reshape(-1).numpy()
+        below = flat < self._low
+        near = flat[numpy.flatnonzero((flat <= self._high) ^ below)]
+        self._below += int(numpy.count_nonzero(below))
+        self._room -= len(near)
+        self._near.append(near)
+
+    @property
+    def found(self) -> float | None:
+        """The value, or None: it wasn't in the window."""
+        at = self.rank - self._below
+        if self._room < 0 or not 0 <= at < sum(len(near) for near in self._near):
+            return None
+        # no partition: it is slow where many are equal, as differences of bfloat16 are
+        return order_statistics(torch.from_numpy(numpy.concatenate(self._near)), [at])[0]
 
 
 @dataclass

@@ -44,14 +44,14 @@ def tsv_m(taus: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def iso_c(taus: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Isotropic merging in the common subspace, Marczak et al., arXiv 2502.04959, section 4.2:
+    """Isotropic merging in the common subspace, Marczak et al., arXiv 2502.04959:
     the sum of the task vectors, with every singular value replaced by their mean."""
     left, values, right = _svd(_sum(taus))
     return left @ right.mul_(_flat(values)[:, None])
 
 
 def iso_cts(taus: Sequence[torch.Tensor], *, common: float) -> torch.Tensor:
-    """Isotropic merging in common and task-specific subspaces, arXiv 2502.04959, section 4.3.
+    """Isotropic merging in common and task-specific subspaces, arXiv 2502.04959.
 
     The first singular directions of the sum (`common` of them, at least), completed by as many
     of what each task vector has outside them; made orthonormal, and all of one singular value.
@@ -74,7 +74,7 @@ def iso_cts(taus: Sequence[torch.Tensor], *, common: float) -> torch.Tensor:
 
 def wudi(taus: Sequence[torch.Tensor]) -> torch.Tensor:
     """WUDI-Merging, Cheng et al., arXiv 2503.08099: the tau that minimises the sum over tasks of
-    ||(tau - tau_i) tau_i^T||^2 / ||tau_i||^2 (eq. 11).
+    ||(tau - tau_i) tau_i^T||^2 / ||tau_i||^2.
 
     The paper descends the gradient from the sum of the task vectors; the minimum that it
     approaches has a closed form, tau = (sum w_i tau_i G_i) (sum w_i G_i)^+ with G_i = tau_i^T

@@ -34,7 +34,7 @@ def slerp(gram: numpy.ndarray, *, t: float, parallel: float = PARALLEL) -> list[
 
 def multislerp(gram: numpy.ndarray, *, weights: Sequence[float]) -> list[float]:
     """The direction of the weighted mean of the directions, times the weighted mean of the norms:
-    Multi-SLERP (Goddard 2025), whose step in the tangent space at that mean adds up to zero."""
+    Multi-SLERP (Goddard), whose step in the tangent space at that mean adds up to zero."""
     norms = _norms(gram)
     part = numpy.asarray(weights, dtype=numpy.float64)
     if norms.min() > 0:
@@ -83,8 +83,8 @@ def karcher(
 def model_stock(gram: numpy.ndarray) -> list[float]:
     """Model Stock, Jang et al., arXiv 2403.19522: base + t * (mean - base), here for task vectors.
 
-    t = k cos / (1 + (k - 1) cos) for k models, with the mean cosine of pairs of task vectors
-    (eq. 5). Where no t exists (models pulling apart evenly) the base stays.
+     t = k cos / (1 + (k - 1) cos) for k models, with the mean cosine of pairs of task vectors
+    . Where no t exists (models pulling apart evenly) the base stays.
     """
     count = len(gram)
     cosines = _cosines(gram)

@@ -8,7 +8,7 @@ threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import fsum
 
 import numpy
@@ -16,12 +16,14 @@ import torch
 
 from surgery.kernels import elementwise, fusion
 from surgery.kernels.merging import Combination, updates
-from surgery.kernels.selection import Search
+from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.tensor import LazyTensor
 
 Inputs = tuple[LazyTensor, ...]
 Bounds = tuple[float, float]
+SAMPLE_ROWS, SAMPLE_ELEMENTS = 128, 1 << 17
+"""At least so many rows, and so many numbers, are looked at to guess where a threshold is."""
 SAME = 1e-12
 """A sum of coefficients within this of 1 is 1: a merge of a model with itself is itself."""
 
@@ -78,32 +80,79 @@ def magnitude_bounds(
     inputs: Inputs, *, kept: Sequence[tuple[int, int] | None], compute: torch.dtype
 ) -> list[Bounds | None]:
     """For the task vector of each model, the magnitudes of the ranks first to last, counted from
-    the smallest; (0, 0) for a model that keeps nothing is (inf, 0). None where all is kept."""
-    searches = [
-        Search([] if rank is None or rank[0] >= rank[1] else [rank[0], rank[1] - 1], compute)
-        for rank in kept
-    ]
-    while not all(search.done for search in searches):
-        open_ones = [at for at, search in enumerate(searches) if not search.done]
-        chosen = (inputs[0], *(inputs[1 + at] for at in open_ones))
-        for base, *models in blocks(chosen):
-            _, taus = updates(base, models, compute)
-            for at, tau in zip(open_ones, taus, strict=True):
-                searches[at].count(tau.abs_())
-        for search in searches:
+    the smallest; (inf, 0) for a model that keeps nothing. None where all is kept."""
+    count = inputs[0].numel
+    kept = [(0, 0) if ranks is not None and not count else ranks for ranks in kept]
+    lows = {(at, r[0]) for at, r in enumerate(kept) if r is not None and 0 < r[0] < r[1]}
+    highs = {(at, r[1] - 1) for at, r in enumerate(kept) if r is not None and r[0] < r[1] < count}
+    found = _magnitudes(inputs, lows | highs, compute)
+
+    def bounds(at: int, ranks: tuple[int, int]) -> Bounds:
+        first, end = ranks
+        if first >= end:
+            return float("inf"), 0.0
+        return found.get((at, first), 0.0), found.get((at, end - 1), float("inf"))
+
+    return [None if ranks is None else bounds(at, ranks) for at, ranks in enumerate(kept)]
+
+
+def _magnitudes(
+    inputs: Inputs, wanted: set[tuple[int, int]], compute: torch.dtype
+) -> dict[tuple[int, int], float]:
+    """The magnitude of each (model, rank) of the task vectors, in one pass over them if a sample
+    is as good as most are."""
+    models = sorted({at for at, _ in wanted})
+    samples = {at: _sample((inputs[0], inputs[1 + at]), compute) for at in models}
+    windows = {
+        (at, rank): Window(rank, inputs[0].numel, samples[at]) for at, rank in sorted(wanted)
+    }
+    _count_magnitudes(inputs, windows, compute)
+    found = {key: window.found for key, window in windows.items()}
+    searches = {
+        key: Search([key[1]], compute) for key, magnitude in found.items() if magnitude is None
+    }
+    while not all(search.done for search in searches.values()):
+        _count_magnitudes(inputs, searches, compute)
+        for search in searches.values():
             search.narrow()
-    return [
-        _bounds(search, rank, inputs[0].numel) for search, rank in zip(searches, kept, strict=True)
-    ]
+    missed = {key: search.found[0] for key, search in searches.items()}
+    return {key: value for key, value in found.items() if value is not None} | missed
 
 
-def _bounds(search: Search, rank: tuple[int, int] | None, count: int) -> Bounds | None:
-    if rank is None:
-        return None
-    if rank[0] >= rank[1]:
-        return float("inf"), 0.0
-    low, high = search.found
-    return low, float("inf") if rank[1] == count else high
+def _count_magnitudes(
+    inputs: Inputs,
+    counters: Mapping[tuple[int, int], Window] | Mapping[tuple[int, int], Search],
+    compute: torch.dtype,
+) -> None:
+    """Let each counter see the magnitudes of its model's task vector."""
+    models = sorted({at for at, _ in counters})
+    if not models:
+        return
+    for base, *tuned in blocks((inputs[0], *(inputs[1 + at] for at in models))):
+        _, taus = updates(base, tuned, compute)
+        sizes = dict(zip(models, taus, strict=True))
+        for tau in taus:
+            tau.abs_()
+        for (at, _), counter in counters.items():
+            counter.count(sizes[at])
+
+
+def _sample(pair: Inputs, compute: torch.dtype) -> numpy.ndarray:
+    """Magnitudes of a task vector, sorted: of rows from all over the tensor, or of all of it."""
+    tensor = pair[0]
+    rows = max(SAMPLE_ROWS, -(-SAMPLE_ELEMENTS // tensor.width))
+    starts = range(0, tensor.rows, max(1, tensor.rows // rows))
+    spans: Iterable[tuple[int, int]] = ((at, at + 1) for at in starts)
+    if tensor.numel <= BLOCK_ELEMENTS or not all(part.streams for part in pair):
+        spans = ranges(pair)
+    elif tensor.width == 1:  # rows of one aren't worth a read each
+        step = BLOCK_ELEMENTS // 16
+        spans = ((at, at + step) for at in range(0, tensor.rows - step, tensor.rows // 4))
+    parts = []
+    for start, stop in spans:
+        _, taus = updates(pair[0].read(start, stop), [pair[1].read(start, stop)], compute)
+        parts.append(taus[0].abs_().reshape(-1).numpy())
+    return numpy.sort(numpy.concatenate(parts))
 
 
 def selected_shares(

@@ -69,7 +69,7 @@ def version(distribution: str) -> str | None:
 def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[str, Any] | None:
     """The norm of the update by stack, block by block, and outside: what it was, and what is
     left of it after scaling. None if nothing was tallied (an update inside a longer chain)."""
-    if not tallies or checkpoint.history[-1].operation != "lines":
+    if not tallies or not checkpoint.history or checkpoint.history[-1].operation != "lines":
         return None
     anatomy = checkpoint.anatomy
     squares: dict[str, list[float]] = {

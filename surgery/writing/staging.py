@@ -6,7 +6,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import OutputError
@@ -60,27 +60,32 @@ def staging(target: Path) -> Iterator[Path]:
     folder = _staging_folder(target)
     if folder.is_symlink():
         raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except OSError as error:
-        raise OutputError(f"{folder} can't be made: {error.strerror}") from error
-    try:
+    lock = None
+    held = False
+    try:  # from the first moment on: an interrupt may come at any
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(exist_ok=True)
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError as error:
+            raise OutputError(f"{folder} can't be made: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             raise OutputError(f"another run is writing {target}: wait for it") from error
-        if not _is(folder, lock):  # another run has published what we locked
+        held = _is(folder, lock)
+        if not held:  # another run has published what we locked
             raise OutputError(f"another run has just written {target}")
-        try:
-            _empty(folder)
-            yield folder
-        finally:
-            if _is(folder, lock):
-                shutil.rmtree(folder)
+        _empty(folder)
+        yield folder
     finally:
-        os.close(lock)
+        if lock is None:
+            with suppress(OSError):  # made, and interrupted before it was opened; or not ours
+                folder.rmdir()
+        else:
+            if held and _is(folder, lock):
+                shutil.rmtree(folder)
+            os.close(lock)
 
 
 def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
