@@ -289,3 +289,26 @@ def test_noise_is_uniform_and_belongs_to_its_seed_and_name():
     for seed, name in ((1, "a"), (0, "b")):
         other = noise((1000, 50), seed, name).read().double()
         assert abs(float((values * other).mean())) < 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("small", [False, True])
+def test_the_prepared_split_is_the_general_one(dtype: torch.dtype, small: bool) -> None:
+    """Runs of columns, padding behind them, and weights that can't be halved in one column."""
+    from surgery.kernels.split import Dyadic
+
+    runs = ((0, 5), (0, 5), (1, 3))
+    sources = torch.tensor([0, 1, 2, 3, 4, 0, 1, 2, 3, 4, 1, 2, 0])
+    ordinals = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2, 0])
+    copies = torch.tensor([2, 3, 3, 2, 2, 2, 3, 3, 2, 2, 3, 3, 0])
+    weight = torch.randn(7, 5).to(dtype)
+    if small:
+        weight[2, 3] = torch.finfo(dtype).tiny * torch.finfo(dtype).eps * 3
+    given = {"sources": sources, "ordinals": ordinals, "copies": copies}
+    plan = Dyadic.plan(runs, ordinals, copies, 5, dtype)
+    assert (plan.split(weight) is None) == small
+    prepared = split_columns(weight, **given, dyadic=plan)
+    assert torch.equal(prepared, split_columns(weight, **given))
+    for column in range(5):
+        total = prepared[:, (sources == column) & (copies > 0)].double().sum(1)
+        assert torch.equal(total, weight[:, column].double())

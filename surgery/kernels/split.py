@@ -15,6 +15,7 @@ shares they would get equal gradients for ever.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import torch
@@ -28,6 +29,48 @@ def dyadic_shares(copies: int) -> tuple[float, ...]:
     return (1 / whole,) * (whole - halved) + (0.5 / whole,) * (2 * halved)
 
 
+@dataclass(frozen=True, eq=False)
+class Dyadic:
+    """The dyadic split of columns, worked out once for a tensor: copies lie in `runs` of source
+    columns (start, stop), `fractions` (p',) are their shares and `smallest` (p,) the smallest
+    share of each source, both in the weights' dtype. Columns behind the runs are zero."""
+
+    runs: tuple[tuple[int, int], ...]
+    fractions: torch.Tensor
+    smallest: torch.Tensor
+
+    @classmethod
+    def plan(
+        cls,
+        runs: tuple[tuple[int, int], ...],
+        ordinals: torch.Tensor,
+        copies: torch.Tensor,
+        width: int,
+        dtype: torch.dtype,
+    ) -> Dyadic:
+        """From what `split_columns` is given; `width` is p."""
+        shares = [
+            dyadic_shares(k)[m] if k else 0.0
+            for m, k in zip(ordinals.tolist(), copies.tolist(), strict=True)
+        ]
+        smallest = [dyadic_shares(k)[-1] for k in copies[:width].tolist()]
+        return cls(runs, torch.tensor(shares, dtype=dtype), torch.tensor(smallest, dtype=dtype))
+
+    def split(self, weight: torch.Tensor) -> torch.Tensor | None:
+        """The columns, each with its share; None where a share of one can't be represented: a
+        power of two times w is exact just where its inverse gives w back."""
+        if not torch.equal((weight * self.smallest).div_(self.smallest), weight):
+            return None
+        out = torch.empty(weight.shape[0], len(self.fractions), dtype=weight.dtype)
+        at = 0
+        for start, stop in self.runs:
+            end = at + stop - start
+            torch.mul(weight[:, start:stop], self.fractions[at:end], out=out[:, at:end])
+            at = end
+        out[:, at:] = 0
+        return out
+
+
 def split_columns(
     weight: torch.Tensor,
     *noise: torch.Tensor,
@@ -35,12 +78,16 @@ def split_columns(
     ordinals: torch.Tensor,
     copies: torch.Tensor,
     symmetry_break: float = 0.0,
+    dyadic: Dyadic | None = None,
 ) -> torch.Tensor:
     """Columns `sources` of `weight` (rows, p), each with its share: shape (rows, p').
 
     Column j is number `ordinals[j]` of the `copies[j]` copies of column `sources[j]`; where
     `copies[j]` is 0, the column is zero. `noise` is as for `share`, shape (rows, p) each.
+    `dyadic` is the same, prepared for the usual case, in which it is all there is to do.
     """
+    if dyadic is not None and (split := dyadic.split(weight)) is not None:
+        return split
     wide = weight.index_select(1, sources)
     wide_noise = tuple(e.index_select(1, sources) for e in noise)
     return share(wide, ordinals[None], copies[None], *wide_noise, symmetry_break=symmetry_break)

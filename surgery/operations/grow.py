@@ -24,6 +24,8 @@ from surgery.tensor import LazyTensor, gather
 from surgery.values import noise, table, zeros
 
 Choose = Literal["first", "random", "norm"]
+MANY_RUNS = 64
+"""Runs of copied columns beyond which one lookup of all columns is faster than a slice each."""
 
 
 def grow(
@@ -247,27 +249,32 @@ def _split(
     """The down projection, with the weights of every source split among its copies."""
     import torch
 
-    from surgery.kernels.split import split_columns, split_rows
+    from surgery.kernels.split import Dyadic, split_columns, split_rows
 
     ordinals, copies = growth.shares()
     sources = growth.sources().clip(min=0)
     draws = int(copies.max()) - 1 if symmetry_break else 0
     draw = [noise(tensor.shape, seed, f"{down.weight}:{m}") for m in range(draws)]
     if not down.in_out:
+        of_column = torch.from_numpy(ordinals), torch.from_numpy(copies)
+        p, dtype = growth.mlp.width, tensor.dtype.torch
+        runs = ((0, p), *growth.copied)
+        plain = not symmetry_break and len(runs) <= MANY_RUNS
         kernel = partial(
             split_columns,
             sources=torch.from_numpy(sources),
-            ordinals=torch.from_numpy(ordinals),
-            copies=torch.from_numpy(copies),
+            ordinals=of_column[0],
+            copies=of_column[1],
             symmetry_break=symmetry_break,
+            dyadic=Dyadic.plan(runs, *of_column, p, dtype) if plain else None,
         )
         shape = (tensor.shape[0], growth.width)
         return LazyTensor(shape, tensor.dtype, inputs=(tensor, *draw), kernel=kernel)
     shape = (growth.width, tensor.shape[1])
-    runs = tuple((0, start, stop) for start, stop in ((0, growth.mlp.width), *growth.copied))
+    of_rows = tuple((0, start, stop) for start, stop in ((0, growth.mlp.width), *growth.copied))
     if growth.padding:
-        runs += ((0, 0, 1),) * growth.padding  # any row: none of it is shared out
-    rows = [gather((source,), runs, shape) for source in (tensor, *draw)]
+        of_rows += ((0, 0, 1),) * growth.padding  # any row: none of it is shared out
+    rows = [gather((source,), of_rows, shape) for source in (tensor, *draw)]
     return LazyTensor(
         shape,
         tensor.dtype,
