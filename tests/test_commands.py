@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +23,9 @@ from surgery import files
 
 Make = Callable[..., Path]
 
+ELSEWHERE = tempfile.gettempdir()
+"""`python -c` looks for modules in the working directory first: not in that of the sources."""
+
 
 def surgery(*args: str | Path) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
@@ -34,6 +38,7 @@ def process(*args: str | Path, **environment: str) -> subprocess.CompletedProces
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
+        cwd=ELSEWHERE,
         check=False,
     )
 
@@ -67,7 +72,9 @@ def test_no_torch_where_headers_suffice(args: list[str], make_model: Make) -> No
         "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
-    subprocess.run([sys.executable, "-c", code, *args], check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-c", code, *args], check=True, capture_output=True, cwd=ELSEWHERE
+    )
 
 
 def test_lines_writes_and_shows_scales_and_norms(make_model: Make, tmp_path: Path) -> None:
@@ -101,7 +108,7 @@ def test_a_failed_proof_writes_nothing(
 ) -> None:
     from surgery.kernels import split
 
-    def forgotten(weight, *noise, sources, ordinals, copies, symmetry_break=0.0):  # type: ignore[no-untyped-def]
+    def forgotten(weight, *noise, sources, ordinals, copies, **_):  # type: ignore[no-untyped-def]
         return weight.index_select(1, sources)
 
     monkeypatch.setattr(split, "split_columns", forgotten)
@@ -196,7 +203,7 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
     code = "from surgery.commands.main import run; run()"
     arguments = ["lines", str(base), str(tuned), "-o", str(tmp_path / "out"), "--alpha", "0.5"]
     running = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, cwd=ELSEWHERE
     )
     staging = tmp_path / ".out.staging"
     while not staging.exists() and running.poll() is None:
