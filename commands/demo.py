@@ -44,7 +44,7 @@ def _as_json(story: Story) -> dict[str, Any]:
         "losses": {name: asdict(losses) for name, losses in _rows(story)},
         "alpha": story.alpha,
         "recovered": story.recovered,
-        "uniform_prose_at_same_code_loss": story.uniform_prose,
+        "uniform_at_same_code_loss": {"scale": story.like, **asdict(story.uniform)},
         "lines_curve": {str(k): asdict(v) for k, v in story.lines_curve.items()},
         "uniform_curve": {str(k): asdict(v) for k, v in story.uniform_curve.items()},
         "verification": story.verification.as_json(),
@@ -74,13 +74,12 @@ def _print(story: Story) -> None:
         rows.add_row(name, f"{losses.prose:.4f}", f"{losses.code:.4f}", remark)
     out.print("\nLoss on text that no model has seen, nats per byte:")
     out.print(rows)
-    if story.uniform_prose is not None:
-        better = story.uniform_prose - story.edited.prose
-        out.print(
-            f"At the same code loss, scaling the whole update uniformly has a prose loss of "
-            f"{story.uniform_prose:.4f}: LiNeS is {abs(better):.4f} "
-            + ("better." if better > 0 else "worse.")
-        )
+    better = story.uniform.prose - story.edited.prose
+    out.print(
+        f"Scaling the whole update by {story.like:.3f} leaves the same code loss "
+        f"({story.uniform.code:.4f}) and a prose loss of {story.uniform.prose:.4f}: LiNeS is "
+        f"{abs(better):.4f} {'better' if better > 0 else 'worse'} here."
+    )
     curves = table("scale", "uniform: prose", "code", "LiNeS: prose", "code")
     for scale, losses in story.uniform_curve.items():
         lines = story.lines_curve[scale]

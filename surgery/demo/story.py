@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,8 @@ class Losses:
 @dataclass(frozen=True)
 class Story:
     """What the demo found. The curves map alpha (LiNeS) and the scale of the whole update
-    (uniform) to losses."""
+    (uniform) to losses; `like` is the uniform scale whose code loss is that of `edited`, and
+    `uniform` the losses there."""
 
     base: Losses
     tuned: Losses
@@ -48,9 +48,8 @@ class Story:
     uniform_curve: Mapping[float, Losses]
     alpha: float
     edited: Losses
-    uniform_prose: float | None
-    """Prose loss of uniform scaling at the code loss of the edited model, between two points
-    of its curve; None if the curve doesn't reach it."""
+    like: float
+    uniform: Losses
     grown: Losses
     verification: Verification
     folders: Mapping[str, Path]
@@ -84,6 +83,10 @@ def tell(target: Path, said: Callable[[str], object] = lambda text: None) -> Sto
     uniform = {s: ends.get(s) or losses(lines(base, tuned, alpha=s, beta=0)) for s in STEPS}
     curve = {a: of_tuned if a == 1 else losses(lines(base, tuned, alpha=a)) for a in STEPS}
     alpha = _choose(curve, of_base, of_tuned)
+    said("the uniform scale that has learnt as much")
+    like, matched = _uniform_like(
+        curve[alpha].code, lambda scale: losses(lines(base, tuned, alpha=scale, beta=0))
+    )
     said(
         f"writing the fine-tune edited with alpha = {alpha}, and the base grown to twice the width"
     )
@@ -106,7 +109,8 @@ def tell(target: Path, said: Callable[[str], object] = lambda text: None) -> Sto
         uniform_curve=uniform,
         alpha=alpha,
         edited=curve[alpha],
-        uniform_prose=_at_code_loss(uniform, curve[alpha].code),
+        like=like,
+        uniform=matched,
         grown=losses(open_checkpoint(target / "grown")),
         verification=verification,
         folders={
@@ -124,14 +128,18 @@ def _choose(curve: Mapping[float, Losses], base: Losses, tuned: Losses) -> float
     return min(alpha for alpha, losses in curve.items() if losses.code <= enough)
 
 
-def _at_code_loss(curve: Mapping[float, Losses], code: float) -> float | None:
-    """The prose loss where a curve has this code loss, linear between its points."""
-    points = [curve[scale] for scale in sorted(curve)]
-    for a, b in pairwise(points):
-        if min(a.code, b.code) <= code <= max(a.code, b.code) and a.code != b.code:
-            part = (code - a.code) / (b.code - a.code)
-            return a.prose + part * (b.prose - a.prose)
-    return None
+def _uniform_like(
+    code: float, losses_at: Callable[[float], Losses], steps: int = 6
+) -> tuple[float, Losses]:
+    """The scale of the whole update at which the code loss is `code`, by bisection, and the
+    losses there: the curve is bent, so that a line between two of its points would flatter
+    whatever is compared with it."""
+    low, high = 0.0, 1.0
+    for _ in range(steps):
+        scale = (low + high) / 2
+        found = losses_at(scale)
+        low, high = (scale, high) if found.code > code else (low, scale)
+    return scale, found
 
 
 def _losses(checkpoint: Checkpoint, texts: Mapping[str, Sequence[bytes]]) -> dict[str, float]:
