@@ -95,4 +95,4 @@ def _print(story: Story) -> None:
     out.print("The grown model against its base, before it was written:")
     print_verification(story.verification)
     for name, folder in story.folders.items():
-        out.print(f"{name:<11} {folder}", markup=False, soft_wrap=True)
+        out.print(f"{name:<11} {folder}", soft_wrap=True)

@@ -85,15 +85,15 @@ def _print(found: Difference) -> None:
     out.print(rows)
     for title, names in (("added", found.added), ("removed", found.removed)):
         for name in names[:SHOWN]:
-            out.print(f"{title}: {name}", markup=False)
+            out.print(f"{title}: {name}")
         if len(names) > SHOWN:
             out.print(f"{title}: and {len(names) - SHOWN:,} more")
     for name, (a, b) in found.reshaped.items():
-        out.print(f"another shape: {name} was {list(a)} and is {list(b)}", markup=False)
+        out.print(f"another shape: {name} was {list(a)} and is {list(b)}")
     for name, (was, now) in found.retyped.items():
-        out.print(f"another type: {name} was {was} and is {now}", markup=False)
+        out.print(f"another type: {name} was {was} and is {now}")
     for key, (before, after) in found.config.items():
-        out.print(f"config {key}: {before!r} became {after!r}", markup=False)
+        out.print(f"config {key}: {before!r} became {after!r}")
 
 
 def _matrix(title: str, cells: dict[tuple[str, int], str]) -> None:

@@ -176,6 +176,6 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out = console()
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
-    out.print(f"Written to {target}", markup=False)
+    out.print(f"Written to {target}")
     if "mlp_widths" in grown.config:
         out.print("Layers differ in width: load it with trust_remote_code=True.")

@@ -121,9 +121,9 @@ def _print(report: dict[str, Any]) -> None:
         ("Files that don't travel", "left_behind"),
     ):
         if report[key]:
-            out.print(f"[bold]{title}[/]")
+            out.print(title, style="bold")
             for line in report[key][:20]:
-                out.print(f"  {line}", markup=False)
+                out.print(f"  {line}")
             if len(report[key]) > 20:
                 out.print(f"  and {len(report[key]) - 20:,} more")
 

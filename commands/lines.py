@@ -86,7 +86,7 @@ def _print(written: Written) -> None:
         _add(rows, name, details["outside"][name], norm)
     out = console()
     out.print(rows)
-    out.print(f"Written to {written.target}", markup=False)
+    out.print(f"Written to {written.target}")
 
 
 def _add(rows: Any, name: str, scale: float, norm: dict[str, float | None]) -> None:

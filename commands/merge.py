@@ -169,4 +169,4 @@ def _print(written: Written) -> None:
         out.print(f"lambda from {scaling['alpha']:.4g} to {scaling['alpha'] + scaling['beta']:.4g}")
     inputs = len(edit["inputs"])
     out.print(f"Merged {inputs} checkpoints with {edit['parameters']['method']}")
-    out.print(f"Written to {written.target}", markup=False)
+    out.print(f"Written to {written.target}")

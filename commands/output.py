@@ -35,10 +35,12 @@ def print_json(value: Any) -> None:
 
 
 def console() -> Console:
-    """Where tables go. Piped output isn't cut to 80 columns."""
+    """Where tables go. Piped output isn't cut to 80 columns, and what files say is no markup."""
     from rich.console import Console
 
-    return Console(soft_wrap=False, width=None if sys.stdout.isatty() else 120, highlight=False)
+    return Console(
+        soft_wrap=False, width=None if sys.stdout.isatty() else 120, highlight=False, markup=False
+    )
 
 
 def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> Table:

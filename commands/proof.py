@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from .output import console, note, progress, size, table
 
 if TYPE_CHECKING:
+    from rich.text import Text
+
     from surgery import Checkpoint, Verification
     from surgery.growth import Growth
 
@@ -42,6 +44,8 @@ def prove(
 
 def print_verification(verification: Verification) -> None:
     """The proofs for people."""
+    from rich.text import Text
+
     out = console()
     rows = table("check", "result", "", left=("check", "result", ""))
     if (certificate := verification.certificate) is not None:
@@ -55,7 +59,7 @@ def print_verification(verification: Verification) -> None:
         judged = verification.certificate is not None
         rows.add_row(
             "logits",
-            _mark(logits.same) if judged else "[bold]drift[/]",
+            _mark(logits.same) if judged else Text("drift", style="bold"),
             f"{logits.tokens} random tokens, {logits.dtype} on {logits.device}",
         )
         limit = "" if logits.threshold is None else f"; rounding explains {logits.threshold:.2g}"
@@ -71,5 +75,7 @@ def print_verification(verification: Verification) -> None:
     out.print(rows)
 
 
-def _mark(good: bool) -> str:
-    return "[bold green]holds[/]" if good else "[bold red]FAILS[/]"
+def _mark(good: bool) -> Text:
+    from rich.text import Text
+
+    return Text("holds", style="bold green") if good else Text("FAILS", style="bold red")

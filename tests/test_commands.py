@@ -250,3 +250,20 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert json.loads(done.stdout)["verification"]["logits"] is None
     assert "\x1b" not in done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["certificate", "writing"]
+
+
+def test_names_are_text_and_no_markup(tmp_path: Path) -> None:
+    """A name in brackets comes from a stranger's file: it is printed, not obeyed."""
+    from conftest import save_raw
+
+    base = save_raw(tmp_path / "base", {"[/x]": torch.ones(2), "[red]y": torch.ones(2)})
+    tuned = save_raw(tmp_path / "tuned", {"[/x]": torch.zeros(2), "[red]y": torch.zeros(2)})
+    for args in (
+        ["inspect", base],
+        ["diff", base, tuned],
+        ["lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.5"],
+        ["lines", base, tuned, "-o", tmp_path / "dry", "--alpha", "0.5", "--dry-run"],
+    ):
+        result = surgery(*args)
+        assert result.exit_code == 0, result.output
+        assert ("[/x]" in result.stdout and "[red]y" in result.stdout) or "--dry-run" in args

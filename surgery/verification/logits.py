@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from surgery.anatomy.infer import first, text_config
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
-from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -86,7 +85,6 @@ def compare_logits(
     device: str = "auto",
     dtype: VerifyDtype = "float32",
     seed: int = 0,
-    progress: Progress | None = None,
 ) -> Logits:
     """Run both on the same random tokens. One model is in memory at a time.
 
