@@ -105,7 +105,7 @@ def merge(
 
 def _check_base(method: str, models: list[str], *, no_base: bool, lines: str | None) -> None:
     """A method without a base must not take the first of the models for one in silence."""
-    from surgery.operations.methods import find_method
+    from surgery.merging.methods import find_method
 
     chosen = find_method(method)
     if chosen.base == "none" and not no_base and lines is None:

@@ -8,13 +8,13 @@ from .options import AsJson
 from .output import console, print_json, table
 
 if TYPE_CHECKING:
-    from surgery.operations.methods import Method
-    from surgery.operations.parameters import Parameter
+    from surgery.merging.methods import Method
+    from surgery.merging.parameters import Parameter
 
 
 def methods(json: AsJson = False) -> None:
     """The ways to merge: what each is good for, its parameters, and the paper."""
-    from surgery.operations.methods import METHODS
+    from surgery.merging.methods import METHODS
 
     if json:
         print_json([_as_json(method) for method in METHODS.values()])

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from surgery.dtypes import DTYPES
-from surgery.operations.job import Job
-from surgery.operations.methods import METHODS, joint_problems
-from surgery.operations.parameters import resolve
+from surgery.merging.job import Job
+from surgery.merging.methods import METHODS, joint_problems
+from surgery.merging.parameters import resolve
 from surgery.tensor import LazyTensor
 
 NAMES = {

@@ -25,8 +25,8 @@ from surgery import (
     open_checkpoint,
     write,
 )
-from surgery.operations.methods import METHODS
-from surgery.operations.parameters import Parameter, resolve
+from surgery.merging.methods import METHODS
+from surgery.merging.parameters import Parameter, resolve
 
 CONFIG = {"model_type": "toy", "num_hidden_layers": 3, "hidden_size": 4}
 NEEDED = {"nearswap": {"t": 0.01}} | {

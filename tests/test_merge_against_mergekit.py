@@ -22,7 +22,7 @@ from merging import case, merged
 from safetensors.torch import load_file, save_file
 
 from surgery import merge, open_checkpoint
-from surgery.operations.methods import METHODS
+from surgery.merging.methods import METHODS
 
 PYTHON = os.environ.get("MERGEKIT_PYTHON")
 pytestmark = pytest.mark.skipif(PYTHON is None, reason="MERGEKIT_PYTHON isn't set")

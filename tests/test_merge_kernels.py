@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from merging import case, lazily, merged, model_count, with_base
 
 from surgery.kernels.selection import Search, Window, order_statistics
-from surgery.operations import measures
-from surgery.operations.methods import METHODS
+from surgery.merging import measures
+from surgery.merging.methods import METHODS
 from surgery.values import noise
 
 Formula = Callable[[torch.Tensor, list[torch.Tensor]], torch.Tensor]

@@ -1,6 +1,6 @@
 """Merge: several models, or what fine-tuning did to them, made into one, tensor by tensor.
 
-The methods are in `methods.py`; here is what they have in common: what has to agree, tied heads,
+The methods are in `surgery/merging/`; here is what they have in common: what has to agree, tied heads,
 what isn't merged, and LiNeS on top.
 """
 
@@ -14,11 +14,11 @@ from typing import Any
 from surgery.anatomy import Role
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError
-from surgery.operations.job import Job
+from surgery.merging.job import Job
+from surgery.merging.mergeable import Lines, check_arguments, check_together
+from surgery.merging.methods import Method, find_method, joint_problems
+from surgery.merging.parameters import resolve
 from surgery.operations.lines import depth_scale, scale_of
-from surgery.operations.mergeable import Lines, check_arguments, check_together
-from surgery.operations.methods import Method, find_method, joint_problems
-from surgery.operations.parameters import resolve
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
 
@@ -60,7 +60,7 @@ def merge(
         assert base is not None
         alpha, beta = lines if lines != "auto" else (0.0, 0.0)
         if lines == "auto":
-            from surgery.operations.norms import automatic_alpha
+            from surgery.merging.alpha import automatic_alpha
 
             alpha = automatic_alpha(merging.updates(), len(models), threads, progress)
             beta = values.get("lambda", 1.0)

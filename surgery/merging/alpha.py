@@ -11,7 +11,7 @@ from threading import Lock
 import torch
 
 from surgery.errors import UnsupportedError
-from surgery.operations.measures import ranges, total
+from surgery.merging.measures import ranges, total
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 

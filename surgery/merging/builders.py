@@ -10,7 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
-from surgery.operations.job import Job
+from surgery.merging.job import Job
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -30,7 +30,7 @@ def _on_sphere(
     job: Job, rule: Callable[[numpy.ndarray], list[float]], *, from_base: bool
 ) -> LazyTensor:
     from surgery.kernels.merging import combine
-    from surgery.operations.measures import combination
+    from surgery.merging.measures import combination
 
     return job.tensor(combine, measure=partial(combination, rule=rule, from_base=from_base))
 
@@ -162,7 +162,7 @@ def breadcrumbs(job: Job, *, elect: bool) -> LazyTensor:
 
 def _trimmed(job: Job, kept: list[tuple[int, int] | None], *, elect: bool) -> LazyTensor:
     from surgery.kernels.merging import trim
-    from surgery.operations.measures import magnitude_bounds
+    from surgery.merging.measures import magnitude_bounds
 
     kernel = partial(
         trim,
@@ -224,7 +224,7 @@ def nearswap(job: Job) -> LazyTensor:
 def sce(job: Job) -> LazyTensor:
     """Select, calculate, erase."""
     from surgery.kernels import elementwise
-    from surgery.operations.measures import selected_shares
+    from surgery.merging.measures import selected_shares
 
     topk = job.parameters["select_topk"]
     return job.tensor(
@@ -235,7 +235,7 @@ def sce(job: Job) -> LazyTensor:
 def ram(job: Job, *, local: bool) -> LazyTensor:
     """Reinforced Agent Merging; `local` makes it RAM+ with factors for each tensor."""
     from surgery.kernels import elementwise
-    from surgery.operations.measures import own_factors
+    from surgery.merging.measures import own_factors
 
     given = job.parameters
     kernel = partial(elementwise.ram, epsilon=given["epsilon"])
@@ -254,7 +254,7 @@ def ram(job: Job, *, local: bool) -> LazyTensor:
 def arcee_fusion(job: Job) -> LazyTensor:
     """The updates that stand out."""
     from surgery.kernels import fusion
-    from surgery.operations.measures import importance_bound
+    from surgery.merging.measures import importance_bound
 
     if not job.numel:
         return average(job)

@@ -9,9 +9,9 @@ from typing import Any, Literal
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
-from surgery.operations.methods import Method, joint_problems
+from surgery.merging.methods import Method, joint_problems
+from surgery.merging.parameters import resolve
 from surgery.operations.pairs import check_pair, check_unquantized
-from surgery.operations.parameters import resolve
 
 Lines = Literal["auto"] | tuple[float, float] | None
 

@@ -8,9 +8,9 @@ from functools import partial
 from typing import Any, Literal
 
 from surgery.errors import ArgumentError
-from surgery.operations import builders
-from surgery.operations.job import Job
-from surgery.operations.parameters import Parameter, unknown
+from surgery.merging import builders
+from surgery.merging.job import Job
+from surgery.merging.parameters import Parameter, unknown
 from surgery.tensor import LazyTensor
 
 
