@@ -132,24 +132,29 @@ def note(text: str) -> None:
 
 def plan_as_json(layout: Plan, free: int, memory: int) -> dict[str, Any]:
     """What would be written."""
-    checkpoint = layout.checkpoint
+    from surgery import Checkpoint
+
+    weights = layout.weights
     return {
         "shards": [
             {"name": shard.name, "bytes": shard.size, "tensors": len(shard.offsets)}
             for shard in layout.shards
         ],
-        "companions": sorted(checkpoint.companions),
-        "left_behind": list(checkpoint.left_behind),
+        "companions": sorted(weights.companions),
+        "left_behind": list(weights.left_behind),
         "tensors": {
             "computed": list(layout.computed),
             "copied": list(layout.copied),
             "untouched": list(layout.untouched),
-            "unrecognised": checkpoint.anatomy.unrecognised,
+            "unrecognised": weights.unrecognised,
         },
         "bytes_needed": layout.bytes_needed,
         "bytes_free": free,
         "memory_peak": memory,
-        "notes": [*checkpoint.notes, *checkpoint.anatomy.notes],
+        "notes": [
+            *weights.notes,
+            *(weights.anatomy.notes if isinstance(weights, Checkpoint) else ()),
+        ],
     }
 
 

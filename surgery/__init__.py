@@ -6,7 +6,7 @@ A checkpoint is opened, not loaded; an operation turns lazy tensors into lazy te
 computed until the verifier or the writer asks, a slice at a time.
 """
 
-from surgery.checkpoint import Checkpoint, Edit, TaskVector, open_checkpoint
+from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import (
     ArgumentError,
     FormatError,
@@ -18,10 +18,13 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
+from surgery.opening import open_checkpoint
 from surgery.operations.diff import diff
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.operations.merge import merge
+from surgery.operations.task_vectors import apply, task_vector
+from surgery.task_vector import TaskVector, open_task_vector
 from surgery.tensor import LazyTensor
 from surgery.verification import Verification, certify, find_growths, verify
 from surgery.writing import Plan, Written, plan, write
@@ -43,6 +46,7 @@ __all__ = [
     "Verification",
     "VerificationError",
     "Written",
+    "apply",
     "certify",
     "diff",
     "find_growths",
@@ -50,7 +54,9 @@ __all__ = [
     "lines",
     "merge",
     "open_checkpoint",
+    "open_task_vector",
     "plan",
+    "task_vector",
     "verify",
     "write",
 ]

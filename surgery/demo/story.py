@@ -12,8 +12,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checkpoint import Checkpoint
 from surgery.demo.text import DOMAINS, held_out, windows
+from surgery.opening import open_checkpoint
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.verification import Verification, certify, find_growths, verify

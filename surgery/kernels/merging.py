@@ -85,9 +85,11 @@ def scaled(tensor: torch.Tensor, *, factor: float, rounding: Rounding) -> torch.
     return tensor.to(rounding.compute).mul(factor).to(rounding.dtype)
 
 
-def difference(base: torch.Tensor, merged: torch.Tensor, *, compute: torch.dtype) -> torch.Tensor:
-    """merged - base, the update of a merge that was made without the base."""
-    return merged.to(compute) - base.to(compute)
+def difference(
+    base: torch.Tensor, other: torch.Tensor, *, compute: torch.dtype, dtype: torch.dtype
+) -> torch.Tensor:
+    """other - base, the update from one to the other."""
+    return (other.to(compute) - base.to(compute)).to(dtype)
 
 
 def fuse(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -28,6 +29,30 @@ def scale_update(
         return start.to(dtype)
     update = tuned.to(compute).sub_(start) if tuned.dtype != compute else tuned - start
     return update.mul_(scale).add_(start).to(dtype)
+
+
+def total_update(
+    *updates: torch.Tensor, scales: Sequence[float], compute: torch.dtype
+) -> torch.Tensor:
+    """The sum of scale_i * tau_i, in `compute`. The updates are overwritten."""
+    total: torch.Tensor | None = None
+    for update, scale in zip(updates, scales, strict=True):
+        wide = update.to(compute)
+        weighted = wide if scale == 1 else wide.mul_(scale)
+        total = weighted if total is None else total.add_(weighted)
+    assert total is not None
+    return total
+
+
+def apply_updates(
+    base: torch.Tensor,
+    *updates: torch.Tensor,
+    scales: Sequence[float],
+    compute: torch.dtype,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """base + the sum of scale_i * tau_i, in `compute`, rounded once to `dtype`; arXiv 2212.04089."""
+    return total_update(*updates, scales=scales, compute=compute).add_(base.to(compute)).to(dtype)
 
 
 def update_square(base: torch.Tensor, tuned: torch.Tensor, *, compute: torch.dtype) -> float:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING
 
+from surgery.merging.finite import unchecked
 from surgery.merging.job import Job
 from surgery.tensor import LazyTensor
 from surgery.values import noise
@@ -59,7 +60,7 @@ def passthrough(job: Job) -> LazyTensor:
 
     factor = job.parameters["scale"]
     if factor == 1 and job.models[0].dtype == job.dtype:
-        return job.models[0]
+        return unchecked(job.models[0])
     return job.tensor(partial(scaled, factor=factor), job.models)
 
 

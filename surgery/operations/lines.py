@@ -10,6 +10,7 @@ from typing import Literal
 from surgery.anatomy import Anatomy, Place, Role
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError
+from surgery.merging.finite import finite
 from surgery.operations.pairs import check_pair, check_unquantized, tied_head
 from surgery.tensor import LazyTensor
 
@@ -50,11 +51,10 @@ def lines(
     }
     if anatomy.tied and anatomy.head is not None and anatomy.embedding is not None:
         scales[anatomy.head] = scales[anatomy.embedding]  # stored twice, and stays equal
-    starts = dict(base.tensors)
-    if (head := tied_head(tuned, base)) is not None:
-        starts[head] = base[base.anatomy.embedding or ""]
+    head = tied_head(tuned, base)
+    starts = {head: base.anatomy.embedding or ""}
     tensors = {
-        name: scaled_update(starts[name], tensor, scales[name])
+        name: scaled_update(finite(base, starts.get(name, name)), finite(tuned, name), scales[name])
         for name, tensor in tuned.items()
         if tensor.dtype.kind == "float" and anatomy.places[name].role is not Role.BUFFER
     }
@@ -74,7 +74,7 @@ def lines(
             },
         },
     )
-    return tuned.edited(edit, tensors, tuned.settled_config)
+    return tuned.edited(edit, tensors, tuned.settled_config, others=[base])
 
 
 def depth_scale(block: int, depth: int, alpha: float, beta: float) -> float:

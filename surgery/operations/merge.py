@@ -14,6 +14,7 @@ from typing import Any
 from surgery.anatomy import Role
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError
+from surgery.merging.finite import finite
 from surgery.merging.job import Job
 from surgery.merging.mergeable import Lines, check_arguments, check_together
 from surgery.merging.methods import Method, find_method, joint_problems
@@ -80,7 +81,7 @@ def merge(
         },
         details,
     )
-    return merging.first.edited(edit, merging.tensors(scales), merging.config())
+    return merging.first.edited(edit, merging.tensors(scales), merging.config(), others=models)
 
 
 class _Merging:
@@ -193,8 +194,8 @@ class _Merging:
     def _of(self, model: Checkpoint, name: str) -> LazyTensor:
         """The tensor `name` of a model, which may tie its head to its embedding."""
         if name not in model and name == self.head and model.anatomy.embedding is not None:
-            return model[model.anatomy.embedding]
-        return model[name]
+            return finite(model, model.anatomy.embedding)
+        return finite(model, name)
 
     def _update(self, name: str) -> LazyTensor:
         """tau_merged, unscaled, in the type that it is computed in."""
@@ -209,7 +210,7 @@ class _Merging:
             merged.shape,
             job.wide,
             inputs=(self._of(self.base, name), merged),
-            kernel=partial(difference, compute=job.compute),
+            kernel=partial(difference, compute=job.compute, dtype=job.compute),
         )
 
     def _sum(self, name: str) -> LazyTensor:

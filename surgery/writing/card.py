@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import CARD, Checkpoint
+from surgery.checkpoint import CARD, Checkpoint, Weights
 from surgery.hub import Source
 from surgery.writing.plan import Plan
 
@@ -20,24 +20,24 @@ _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | bytes]:
     """`README.md`, and the input's own card if it had one, by file name."""
-    checkpoint = layout.checkpoint
+    weights = layout.weights
     made: dict[str, Path | bytes] = {}
-    given = checkpoint.companions.get(CARD)
+    given = weights.companions.get(CARD)
     if given is not None:
         made[INPUT_CARD] = given
-    metadata = _metadata(checkpoint, given if isinstance(given, Path) else None)
+    metadata = _metadata(weights, given if isinstance(given, Path) else None)
     lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""]
-    made[CARD] = "\n".join([*lines, *_body(checkpoint, record), ""]).encode()
+    made[CARD] = "\n".join([*lines, *_body(weights, record), ""]).encode()
     return made
 
 
-def _metadata(checkpoint: Checkpoint, given: Path | None) -> dict[str, Any]:
-    inputs = [source for edit in checkpoint.history for source in edit.inputs.values()]
+def _metadata(weights: Weights, given: Path | None) -> dict[str, Any]:
+    inputs = [source for edit in weights.history for source in edit.inputs.values()]
     names = dict.fromkeys(model_name(source) for source in inputs)
     metadata: dict[str, Any] = {
         "base_model": list(names),
-        "library_name": "transformers",
-        "tags": ["surgery", *dict.fromkeys(edit.operation for edit in checkpoint.history)],
+        **({} if weights.library is None else {"library_name": weights.library}),
+        "tags": ["surgery", *dict.fromkeys(edit.operation for edit in weights.history)],
     }
     return metadata | _kept(given)
 
@@ -75,9 +75,9 @@ def _yaml(value: Any) -> str:
     return json.dumps(value)
 
 
-def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
+def _body(weights: Weights, record: Mapping[str, Any]) -> list[str]:
     lines = ["# Edited with Surgery", ""]
-    for edit in checkpoint.history:
+    for edit in weights.history:
         given = ", ".join(f"{k} = {v}" for k, v in edit.parameters.items() if v is not None)
         inputs = ", ".join(f"{role} {_code(model_name(s))}" for role, s in edit.inputs.items())
         lines += [f"- **{edit.operation}** of {inputs}: {given}."]
@@ -85,7 +85,7 @@ def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
         lines += ["", "The command:", "", *(f"    {line}" for line in command.splitlines())]
     if isinstance(verification := record.get("verification"), Mapping):
         lines += ["", f"Verified before it was written: {verification['summary']}."]
-    if any(edit.operation == "grow" for edit in checkpoint.history):
+    if any(edit.operation == "grow" for edit in weights.history):
         lines += [
             "",
             (
@@ -94,7 +94,7 @@ def _body(checkpoint: Checkpoint, record: Mapping[str, Any]) -> list[str]:
                 "tensors of role `up` whole, and freeze all else."
             ),
         ]
-    if "auto_map" in checkpoint.config:
+    if isinstance(weights, Checkpoint) and "auto_map" in weights.config:
         lines += ["", "Loading takes `trust_remote_code=True`: layers differ in MLP width."]
     return lines
 

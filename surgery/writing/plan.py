@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Weights
 from surgery.header import LENGTH_BYTES
 from surgery.tensor import LazyTensor
 
@@ -36,7 +36,7 @@ class Plan:
     files, and *computed* otherwise.
     """
 
-    checkpoint: Checkpoint
+    weights: Weights
     shards: tuple[Shard, ...]
     computed: tuple[str, ...]
     copied: tuple[str, ...]
@@ -50,7 +50,7 @@ class Plan:
     @property
     def companion_bytes(self) -> int:
         """Bytes of the files that travel along."""
-        companions = self.checkpoint.companions.values()
+        companions = self.weights.companions.values()
         return sum(len(f) if isinstance(f, bytes) else f.stat().st_size for f in companions)
 
     @property
@@ -60,22 +60,22 @@ class Plan:
 
     @property
     def index(self) -> bytes | None:
-        """`model.safetensors.index.json`, or None for one file."""
+        """The index of the shards, or None for one file."""
         if len(self.shards) == 1:
             return None
         where = {name: shard.name for shard in self.shards for name in shard.offsets}
         index = {
-            "metadata": {"total_size": self.checkpoint.nbytes},
+            "metadata": {"total_size": self.weights.nbytes},
             "weight_map": dict(sorted(where.items())),
         }
         return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode()
 
 
-def plan(checkpoint: Checkpoint, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
+def plan(weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     """Lay out all shards. Tensors keep their order; a shard is full before the next begins."""
     groups: list[dict[str, LazyTensor]] = [{}]
     size = 0
-    for name, tensor in checkpoint.items():
+    for name, tensor in weights.items():
         if groups[-1] and size + tensor.nbytes > max_shard_bytes:
             groups.append({})
             size = 0
@@ -84,23 +84,23 @@ def plan(checkpoint: Checkpoint, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> P
     single = len(groups) == 1
     shards = tuple(
         _shard(
-            "model.safetensors"
+            f"{weights.stem}.safetensors"
             if single
-            else f"model-{number:05d}-of-{len(groups):05d}.safetensors",
+            else f"{weights.stem}-{number:05d}-of-{len(groups):05d}.safetensors",
             group,
         )
         for number, group in enumerate(groups, 1)
     )
-    untouched = tuple(name for name, tensor in checkpoint.items() if tensor.leaf is not None)
+    untouched = tuple(name for name, tensor in weights.items() if tensor.leaf is not None)
     known = set(untouched)
     copied = tuple(
         name
-        for name, tensor in checkpoint.items()
+        for name, tensor in weights.items()
         if name not in known and tensor.file_spans() is not None
     )
     known.update(copied)
-    computed = tuple(name for name in checkpoint if name not in known)
-    return Plan(checkpoint, shards, computed, copied, untouched)
+    computed = tuple(name for name in weights if name not in known)
+    return Plan(weights, shards, computed, copied, untouched)
 
 
 def _shard(name: str, tensors: Mapping[str, LazyTensor]) -> Shard:

@@ -14,7 +14,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from surgery.checkpoint import RECORD, Checkpoint, Edit
+from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
 from surgery.hub import Source
 from surgery.writing.plan import Plan
 
@@ -28,16 +28,16 @@ def make_record(
     command: str | None,
 ) -> dict[str, Any]:
     """The record as plain data."""
-    checkpoint = layout.checkpoint
+    weights = layout.weights
     return {
         "format": FORMAT,
         "surgery": version("model-surgery"),
         "command": command,
-        "edits": [_edit(edit) for edit in checkpoint.history],
-        "norms": update_norms(checkpoint, tallies),
+        "edits": [_edit(edit) for edit in weights.history],
+        "norms": update_norms(weights, tallies),
         "verification": verification,
         "versions": {name: version(name) for name in ("torch", "safetensors", "transformers")},
-        "notes": list(checkpoint.notes),
+        "notes": list(weights.notes),
     }
 
 
@@ -66,12 +66,14 @@ def version(distribution: str) -> str | None:
         return None
 
 
-def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[str, Any] | None:
+def update_norms(weights: Weights, tallies: Mapping[str, float]) -> dict[str, Any] | None:
     """The norm of the update by stack, block by block, and outside: what it was, and what is
     left of it after scaling. None if nothing was tallied (an update inside a longer chain)."""
-    if not tallies or not checkpoint.history or checkpoint.history[-1].operation != "lines":
+    if not tallies or not isinstance(weights, Checkpoint):
         return None
-    anatomy = checkpoint.anatomy
+    if not weights.history or weights.history[-1].operation != "lines":
+        return None
+    anatomy = weights.anatomy
     squares: dict[str, list[float]] = {
         stack: [0.0] * depth for stack, depth in anatomy.stacks.items()
     }
@@ -82,7 +84,7 @@ def update_norms(checkpoint: Checkpoint, tallies: Mapping[str, float]) -> dict[s
             outside[name] = square
         else:
             squares[place.stack][place.block] += square
-    edit = checkpoint.history[-1]
+    edit = weights.history[-1]
     scales: Mapping[str, list[float]] = edit.details["scales"]
     return {
         "blocks": {

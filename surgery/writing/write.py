@@ -14,13 +14,14 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from surgery.checkpoint import Checkpoint, open_checkpoint
+from surgery.checkpoint import RECORD, Checkpoint, Weights
 from surgery.errors import OutputError, SurgeryError
 from surgery.files import as_bytes
+from surgery.hub import Source
+from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.card import model_card
-from surgery.writing.config import config_bytes
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
 from surgery.writing.staging import check_target, publish, staging
@@ -45,7 +46,7 @@ class Written:
 
 
 def write(
-    checkpoint: Checkpoint,
+    weights: Weights,
     target: str | Path,
     *,
     overwrite: bool = False,
@@ -56,32 +57,30 @@ def write(
     verification: Mapping[str, Any] | None = None,
     command: str | None = None,
 ) -> Written:
-    """Write `checkpoint` to the directory `target`, completely or not at all.
+    """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
     exception that it raises leaves nothing behind. `verification` and `command` go into the
     record. Raises OutputError if the target is in the way, or the disk is full.
     """
     target = Path(target).absolute()
-    prepare(checkpoint, target, overwrite=overwrite)
-    layout = plan(checkpoint, max_shard_bytes=max_shard_bytes)
+    prepare(weights, target, overwrite=overwrite)
+    layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
     with staging(target) as folder, _named(folder):
         tallies = _fill(layout, folder, threads, progress)
         record = make_record(layout, tallies, verification, command)
         _write_small_files(layout, folder, record)
-        staged = open_checkpoint(folder)
-        _check_staged(layout, staged)
+        _check_staged(layout, folder)
         if check is not None:
-            check(staged)
+            check(open_checkpoint(folder))
         publish(folder, target, overwrite=overwrite)
     return Written(target, layout, record, tallies)
 
 
-def prepare(checkpoint: Checkpoint, target: Path, *, overwrite: bool) -> None:
+def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
     """Raise OutputError if `target` exists or could harm an input."""
-    inputs = [s.path for edit in checkpoint.history for s in edit.inputs.values()]
-    check_target(target, {checkpoint.source.path, *inputs}, overwrite=overwrite)
+    check_target(target, dict.fromkeys(weights.paths), overwrite=overwrite)
 
 
 def check_space(layout: Plan, target: Path) -> None:
@@ -112,7 +111,7 @@ def peak_memory(layout: Plan, threads: int | None = None) -> int:
     thread holds of a block: its inputs, as many temporaries, and the result."""
     most = 0
     for name in layout.computed:
-        tensor = layout.checkpoint[name]
+        tensor = layout.weights[name]
         rows = max(tensor.width, BLOCK_ELEMENTS) if tensor.streams else tensor.numel
         most = max(most, rows * 4 * (2 * len(tensor.inputs) + 1))
     return BARE_MEMORY + (threads or default_threads()) * most
@@ -157,7 +156,7 @@ def _fill(
             _write_at(fd, memoryview(shard.head), 0)
             fds[shard.name] = fd
         run_all(_jobs(layout, fds), work, threads)
-    return {name: fsum(sums[name]) for name in layout.checkpoint if name in sums}
+    return {name: fsum(sums[name]) for name in layout.weights if name in sums}
 
 
 def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute | _Measure]:
@@ -168,12 +167,12 @@ def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute | _
         for shard in layout.shards
         for name, offset in shard.offsets.items()
     ]
-    checkpoint = layout.checkpoint
+    weights = layout.weights
     for number, (fd, name, offset) in enumerate(tensors):
         for _, ahead, _ in tensors[number + 1 : number + 2] if number else tensors[:2]:
-            if checkpoint[ahead].measure is not None:
-                yield (checkpoint[ahead],)
-        yield from _tensor_jobs(checkpoint[name], name, fd, offset)
+            if weights[ahead].measure is not None:
+                yield (weights[ahead],)
+        yield from _tensor_jobs(weights[name], name, fd, offset)
 
 
 def _tensor_jobs(tensor: LazyTensor, name: str, fd: int, offset: int) -> Iterator[_Copy | _Compute]:
@@ -238,23 +237,23 @@ def _copy(fd: int, span: FileSpan, offset: int) -> None:
 
 
 def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) -> None:
-    checkpoint = layout.checkpoint
-    made: dict[str, Path | bytes] = dict(checkpoint.companions)
+    weights = layout.weights
+    made: dict[str, Path | bytes] = dict(weights.companions)
     made |= model_card(layout, record)
-    if (config := config_bytes(checkpoint)) is not None:
-        made["config.json"] = config
+    made |= weights.own_files()
     if layout.index is not None:
-        made["model.safetensors.index.json"] = layout.index
-    made["surgery.json"] = record_bytes(record)
+        made[weights.stem + INDEX_SUFFIX] = layout.index
+    made[RECORD] = record_bytes(record)
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
 
 
-def _check_staged(layout: Plan, staged: Checkpoint) -> None:
+def _check_staged(layout: Plan, folder: Path) -> None:
     """What was written, read back from the files, is what was planned."""
-    wanted = {name: (t.shape, t.dtype) for name, t in layout.checkpoint.items()}
+    wanted = {name: (t.shape, t.dtype) for name, t in layout.weights.items()}
+    staged, _ = open_tensors(Source(str(folder), folder), layout.weights.stem)
     found = {name: (t.shape, t.dtype) for name, t in staged.items()}
     if wanted != found:
         names = sorted(name for name in wanted | found if wanted.get(name) != found.get(name))
