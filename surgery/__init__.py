@@ -18,7 +18,9 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
+from surgery.operations.blocks import compose
 from surgery.operations.diff import diff
+from surgery.operations.expand import expand
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.operations.merge import merge
@@ -44,7 +46,9 @@ __all__ = [
     "VerificationError",
     "Written",
     "certify",
+    "compose",
     "diff",
+    "expand",
     "find_growths",
     "grow",
     "lines",
