@@ -18,19 +18,12 @@ from .options import (
     Out,
     Overwrite,
     Threads,
+    Verify,
     VerifyDtype,
     VerifyDtypeOption,
 )
-from .output import (
-    block_ranges,
-    command_line,
-    console,
-    count,
-    print_json,
-    progress,
-    table,
-)
-from .proof import print_verification, prove
+from .output import block_ranges, console, count, table
+from .writes import Proof, Target, write_proven
 from .writes import dry_run as show_plan
 
 if TYPE_CHECKING:
@@ -74,9 +67,7 @@ def grow(
         bool,
         typer.Option("--uniform", help="Pad the other layers with zero neurons to the same width."),
     ] = False,
-    verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
-    ] = True,
+    verify: Verify = True,
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
@@ -94,6 +85,8 @@ def grow(
     """
     import surgery
 
+    target = Target(out, max_shard_size, threads, overwrite, json)
+    proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = surgery.open_checkpoint(base, headers_only=dry_run)
     grown = surgery.grow(
         given,
@@ -107,59 +100,10 @@ def grow(
         uniform=uniform,
     )
     if dry_run:
-        from surgery.verification.logits import memory_needed
-
-        memory = memory_needed(grown, verify_dtype.value) if verify and logits else 0
-        show_plan(
-            grown,
-            out,
-            max_shard_size,
-            threads,
-            overwrite=overwrite,
-            json=json,
-            verification_memory=memory,
-        )
+        show_plan(grown, target, proof)
         return
-    from surgery.writing.write import check_space, prepare
-
-    prepare(grown, out.absolute(), overwrite=overwrite)
-    check_space(surgery.plan(grown), out.absolute())
-    growths = surgery.find_growths(given, grown)
-    verification = None
-    if verify:
-        verification = prove(
-            given,
-            grown,
-            growths,
-            logits=logits,
-            device=device.value,
-            dtype=verify_dtype.value,
-            threads=threads,
-        )
-        if not json:
-            print_verification(verification)
-        verification.require()
-
-    def certify_staged(staged: Checkpoint) -> None:
-        surgery.Verification(
-            surgery.certify(given, staged, growths, threads=threads), None
-        ).require()
-
-    with progress("writing", grown.nbytes) as advance:
-        written = surgery.write(
-            grown,
-            out,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_size,
-            threads=threads,
-            progress=advance,
-            check=certify_staged if verify else None,
-            verification=verification.as_json() if verification is not None else None,
-            command=command_line(),
-        )
-    if json:
-        print_json({"out": str(out), **written.record})
-    else:
+    written = write_proven(given, grown, surgery.find_growths(given, grown), target, proof)
+    if not json:
         _print(given, grown, written.record["edits"][-1]["details"]["mlps"], str(written.target))
 
 

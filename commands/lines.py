@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
-from .output import command_line, console, print_json, progress, table
+from .output import console, table
+from .writes import Target, write_edited
 from .writes import dry_run as show_plan
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def lines(
     """
     import surgery
 
+    target = Target(out, max_shard_size, threads, overwrite, json)
     edited = surgery.lines(
         surgery.open_checkpoint(base, headers_only=dry_run),
         surgery.open_checkpoint(tuned, headers_only=dry_run),
@@ -56,21 +58,10 @@ def lines(
         outside=outside.value,
     )
     if dry_run:
-        show_plan(edited, out, max_shard_size, threads, overwrite=overwrite, json=json)
+        show_plan(edited, target)
         return
-    with progress("writing", edited.nbytes) as advance:
-        written = surgery.write(
-            edited,
-            out,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_size,
-            threads=threads,
-            progress=advance,
-            command=command_line(),
-        )
-    if json:
-        print_json({"out": str(out), **written.record})
-    else:
+    written = write_edited(edited, target)
+    if not json:
         _print(written)
 
 

@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
 
 from .demo import demo
 from .diff import diff
+from .expand import expand
 from .grow import grow
 from .inspect import inspect
 from .lines import lines
@@ -69,7 +70,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
-for verb in (inspect, diff, lines, merge, methods, grow, verify, demo):
+for verb in (inspect, diff, lines, merge, methods, grow, expand, verify, demo):
     app.command()(with_exit_codes(verb))
 
 

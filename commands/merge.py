@@ -9,7 +9,8 @@ import typer
 from surgery.errors import ArgumentError
 
 from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
-from .output import command_line, console, print_json, progress
+from .output import console, progress
+from .writes import Target, write_edited
 from .writes import dry_run as show_plan
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def merge(
     """
     import surgery
 
+    target = Target(out, max_shard_size, threads, overwrite, json)
     given = _parameters(weight, density, param or [])
     scaling = _lines(lines)
     _check_base(method, models, no_base=no_base, lines=lines)
@@ -80,26 +82,15 @@ def merge(
         )
 
     if dry_run:
-        show_plan(run(), out, max_shard_size, threads, overwrite=overwrite, json=json)
+        show_plan(run(), target)
         return
     if scaling == "auto" and base is not None:
         with progress("measuring", base.numel * 4) as advance:
             edited = run(advance)
     else:
         edited = run()
-    with progress("writing", edited.nbytes) as advance:
-        written = surgery.write(
-            edited,
-            out,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_size,
-            threads=threads,
-            progress=advance,
-            command=command_line(),
-        )
-    if json:
-        print_json({"out": str(out), **written.record})
-    else:
+    written = write_edited(edited, target)
+    if not json:
         _print(written)
 
 

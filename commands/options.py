@@ -64,6 +64,9 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Worker threads; the result doesn't depend on it."),
 ]
+Verify = Annotated[
+    bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
+]
 Logits = Annotated[
     bool,
     typer.Option("--logits/--no-logits", help="Compare logits too, or rely on the weights alone."),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from .output import console, note, progress, size, table
@@ -11,13 +10,13 @@ if TYPE_CHECKING:
     from rich.text import Text
 
     from surgery import Checkpoint, Verification
-    from surgery.growth import Growth
+    from surgery.verification import Relation
 
 
 def prove(
     base: Checkpoint,
     other: Checkpoint,
-    growths: Sequence[Growth],
+    relation: Relation,
     *,
     logits: bool,
     device: str,
@@ -26,19 +25,21 @@ def prove(
 ) -> Verification:
     """`surgery.verify`, saying what it is at."""
     from surgery import Verification, certify
-    from surgery.verification import compare_logits
+    from surgery.verification import block_places, compare_logits
     from surgery.verification.logits import check_device
 
     if logits:
         check_device(base, other, device, dtype)
     certificate = None
-    if growths:
+    if relation:
         with progress("certificate", other.nbytes) as advance:
-            certificate = certify(base, other, growths, threads=threads, progress=advance)
+            certificate = certify(base, other, relation, threads=threads, progress=advance)
     compared = None
     if logits:
         note(f"comparing logits in {dtype}")
-        compared = compare_logits(base, other, device=device, dtype=dtype)
+        compared = compare_logits(
+            base, other, device=device, dtype=dtype, places=block_places(relation)
+        )
     return Verification(certificate, compared)
 
 
@@ -52,7 +53,7 @@ def print_verification(verification: Verification) -> None:
         rows.add_row(
             "certificate",
             _mark(certificate.holds),
-            f"{certificate.tensors_compared:,} tensors, {certificate.grown_mlps:,} grown MLPs, "
+            f"{certificate.tensors_compared:,} tensors, {certificate.what}, "
             f"{size(certificate.bytes_compared)} compared",
         )
     if (logits := verification.logits) is not None:

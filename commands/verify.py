@@ -29,18 +29,19 @@ def verify(
     json: AsJson = False,
     threads: Threads = None,
 ) -> None:
-    """Prove that a grown model computes what its base does, or show how far two models drifted.
+    """Prove that an edited model computes what its base does, or show how far two models drifted.
 
-    If OTHER was grown from BASE, its weights have to pass the certificate and its logits have to
+    If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its logits have to
     agree (exit code 6 otherwise). Of two other models the logits are compared and reported.
     """
     import surgery
+    from surgery.verification import find_relation
 
     first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
     verification = prove(
         first,
         second,
-        surgery.find_growths(first, second),
+        find_relation(first, second),
         logits=logits,
         device=device.value,
         dtype=verify_dtype.value,
@@ -51,5 +52,7 @@ def verify(
     else:
         print_verification(verification)
         if verification.certificate is None:
-            console().print("OTHER wasn't grown from BASE: nothing has to hold, this is the drift.")
+            console().print(
+                "OTHER wasn't grown or expanded from BASE: nothing has to hold, this is the drift."
+            )
     verification.require()

@@ -2,34 +2,114 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Literal
 
-from .output import plan_as_json, print_json, print_plan
+from .output import command_line, plan_as_json, print_json, print_plan, progress
+from .proof import print_verification, prove
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint
+    from surgery import Checkpoint, Written
+    from surgery.verification import Relation
 
 
-def dry_run(
-    edited: Checkpoint,
-    out: Path,
-    max_shard_size: int,
-    threads: int | None,
-    *,
-    overwrite: bool,
-    json: bool,
-    verification_memory: int = 0,
-) -> None:
+@dataclass(frozen=True)
+class Target:
+    """Where and how to write, as the options say."""
+
+    out: Path
+    max_shard_size: int
+    threads: int | None
+    overwrite: bool
+    json: bool
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What is to be proved before anything is written, as the options say."""
+
+    verify: bool
+    logits: bool
+    device: str
+    dtype: Literal["float32", "float64"]
+
+
+def dry_run(edited: Checkpoint, target: Target, proof: Proof | None = None) -> None:
     """Show what writing `edited` would do; raise what it would raise, but for a full disk."""
     from surgery.writing.plan import free_bytes, plan
     from surgery.writing.write import peak_memory, prepare
 
-    prepare(edited, out.absolute(), overwrite=overwrite)
-    layout = plan(edited, max_shard_bytes=max_shard_size)
-    memory = max(peak_memory(layout, threads), verification_memory)
-    shown = plan_as_json(layout, free_bytes(out), memory)
-    if json:
+    prepare(edited, target.out.absolute(), overwrite=target.overwrite)
+    layout = plan(edited, max_shard_bytes=target.max_shard_size)
+    memory = peak_memory(layout, target.threads)
+    if proof is not None and proof.verify and proof.logits:
+        from surgery.verification.logits import memory_needed
+
+        memory = max(memory, memory_needed(edited, proof.dtype))
+    shown = plan_as_json(layout, free_bytes(target.out), memory)
+    if target.json:
         print_json(shown)
     else:
-        print_plan(shown, out)
+        print_plan(shown, target.out)
+
+
+def write_edited(
+    edited: Checkpoint,
+    target: Target,
+    *,
+    check: Callable[[Checkpoint], object] | None = None,
+    verification: Mapping[str, Any] | None = None,
+) -> Written:
+    """`surgery.write`, with progress and the command for the record; with --json the record is
+    printed."""
+    import surgery
+
+    with progress("writing", edited.nbytes) as advance:
+        written = surgery.write(
+            edited,
+            target.out,
+            overwrite=target.overwrite,
+            max_shard_bytes=target.max_shard_size,
+            threads=target.threads,
+            progress=advance,
+            check=check,
+            verification=verification,
+            command=command_line(),
+        )
+    if target.json:
+        print_json({"out": str(target.out), **written.record})
+    return written
+
+
+def write_proven(
+    base: Checkpoint, edited: Checkpoint, relation: Relation, target: Target, proof: Proof
+) -> Written:
+    """Prove that `edited`, made of `base` as `relation` says, computes what it does; write it;
+    and look at the weights once more as they lie on disk, before they get their final name."""
+    if not proof.verify:
+        return write_edited(edited, target)
+    import surgery
+    from surgery.writing.write import check_space, prepare
+
+    prepare(edited, target.out.absolute(), overwrite=target.overwrite)
+    check_space(surgery.plan(edited), target.out.absolute())
+    verification = prove(
+        base,
+        edited,
+        relation,
+        logits=proof.logits,
+        device=proof.device,
+        dtype=proof.dtype,
+        threads=target.threads,
+    )
+    if not target.json:
+        print_verification(verification)
+    verification.require()
+
+    def certify_staged(staged: Checkpoint) -> None:
+        certificate = surgery.certify(base, staged, relation, threads=target.threads)
+        surgery.Verification(certificate, None).require()
+
+    return write_edited(edited, target, check=certify_staged, verification=verification.as_json())

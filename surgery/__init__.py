@@ -19,7 +19,9 @@ from surgery.errors import (
     VerificationError,
 )
 from surgery.opening import open_checkpoint
+from surgery.operations.blocks import compose
 from surgery.operations.diff import diff
+from surgery.operations.expand import expand
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
 from surgery.operations.merge import merge
@@ -48,7 +50,9 @@ __all__ = [
     "Written",
     "apply",
     "certify",
+    "compose",
     "diff",
+    "expand",
     "find_growths",
     "grow",
     "lines",

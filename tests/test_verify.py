@@ -96,7 +96,7 @@ def test_a_growth_is_certified_however_it_is_known(name: str, tmp_path: Path):
         assert found.certificate.bytes_compared == sum(
             tensor.nbytes for tensor in load(tmp_path / "grown").values()
         )
-        assert found.summary == f"the certificate holds for {len(base)} tensors, 2 MLPs grown"
+        assert found.summary == f"the certificate holds for {len(base)} tensors, 2 grown MLPs"
         found.require()
 
 

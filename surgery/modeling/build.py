@@ -39,7 +39,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
     """
     import torch
 
-    cls = _class_to_build(checkpoint)
+    cls = class_to_build(checkpoint)
     state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
     options: dict[str, Any] = {"attn_implementation": "eager"}  # sdpa has no soft cap (Gemma 2)
     if cls._can_set_experts_implementation():
@@ -68,7 +68,7 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
     return Built(model.eval(), tuple(sorted(info["missing_keys"])))
 
 
-def _class_to_build(checkpoint: Checkpoint) -> Any:
+def class_to_build(checkpoint: Checkpoint) -> Any:
     """The stock class, or ours of the same name where layers differ in width. The modeling file
     is made anew: what lies beside the shards isn't run."""
     cls = model_class(checkpoint.config)

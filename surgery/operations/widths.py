@@ -27,28 +27,40 @@ def widened_config(
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
     widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
-    before = _stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
+    before = stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
     widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
+    return settle_widths(base, config, companions, widths, before)
+
+
+def settle_widths(
+    model: Checkpoint,
+    config: dict[str, Any],
+    companions: dict[str, Path | bytes],
+    widths: Mapping[tuple[str, int], int],
+    before: set[int],
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """`config` and `companions` (without what layers that differ need) for MLPs of `widths`,
+    where the config's own keys give one of `before`. `model` names the tensors of the MLPs."""
     stacks = {stack for stack, _ in widths}
     if len(stacks) != 1:
         raise UnsupportedError(
-            f"{base.source.reference} has MLPs in several stacks ({', '.join(sorted(stacks))}), "
+            f"{model.source.reference} has MLPs in several stacks ({', '.join(sorted(stacks))}), "
             f"and growing those isn't there yet"
         )
     after = sorted(set(widths.values()))
     if len(after) == 1:
-        return _with_width(base, config, before, after[0]), companions
-    if len(widths) != base.anatomy.stacks[stacks.pop()]:
+        return _with_width(model, config, before, after[0]), companions
+    if len(widths) != model.anatomy.stacks[stacks.pop()]:
         raise UnsupportedError(
-            f"{base.source.reference} has layers without an MLP of this kind, and MLPs of "
+            f"{model.source.reference} has layers without an MLP of this kind, and MLPs of "
             f"different widths beside them can't be loaded: grow all alike, or pass --uniform"
         )
-    config[WIDTHS_KEY] = [width for _, width in sorted(widths.items())]
-    config["auto_map"], source = modeling_file(base, list(base.anatomy.mlps.values()))
-    return config, {**companions, MODELING_FILE: source}
+    made = {**config, WIDTHS_KEY: [width for _, width in sorted(widths.items())]}
+    made["auto_map"], source = modeling_file(model, list(model.anatomy.mlps.values()))
+    return made, {**companions, MODELING_FILE: source}
 
 
-def _stock_widths(config: Mapping[str, Any]) -> set[int]:
+def stock_widths(config: Mapping[str, Any]) -> set[int]:
     """What the config's own keys say, where `mlp_widths` overrides them."""
     part = text_config(config)
     width = first(part, WIDTH_KEYS)
@@ -64,7 +76,7 @@ def _with_width(
     part = dict(nested)
     keys = [key for key in WIDTH_KEYS if type(part.get(key)) is int and part[key] in before]
     if not keys and "n_inner" in part and part["n_inner"] is None:
-        keys = ["n_inner"] if _stock_widths(config) == before else []
+        keys = ["n_inner"] if stock_widths(config) == before else []
     if not keys:
         raise UnsupportedError(
             f"{base.source.reference}: no key of config.json holds the MLP's width "

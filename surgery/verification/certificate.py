@@ -1,10 +1,16 @@
-"""The certificate: from weights alone, for every input, a grown checkpoint computes what its base
-does.
+"""The certificate: from weights alone, for every input, an edited checkpoint computes what its
+base does.
 
-In every widened MLP the rows of up and gate are bitwise those of their sources, and the columns
+Grown: in every widened MLP the rows of up and gate are bitwise those of their sources, and the columns
 of a source neuron's copies sum to its column in exact arithmetic; every other tensor is bitwise
-what it was. So each hidden neuron's copies have its activation and together its effect. Nothing
-is assumed of how the weights were made: they are read and compared.
+what it was. So each hidden neuron's copies have its activation and together its effect.
+
+Expanded: every tensor of the base is bitwise what it was, at its new place; in every new block
+the projections that write to the residual stream are zero, and all else is bitwise the source's.
+That such a block returns its input is followed in the code that will run
+(`modeling/identity.py`).
+
+Nothing is assumed of how the weights were made: they are read and compared.
 """
 
 from __future__ import annotations
@@ -17,15 +23,20 @@ from typing import TYPE_CHECKING
 
 from surgery.anatomy import Projection
 from surgery.checkpoint import Checkpoint
+from surgery.expansion import Expansion
 from surgery.growth import Growth
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
+from surgery.values import zeros
 
 if TYPE_CHECKING:
     import numpy
     import torch
 
+
+Relation = Sequence[Growth] | Expansion
+"""How a checkpoint was made of its base so that it has the same function."""
 
 INEXACT = "the outgoing weights of a neuron's copies have no sum that two float64 can hold"
 
@@ -38,22 +49,97 @@ class Certificate:
     tensors_compared: int
     bytes_compared: int
     failures: tuple[str, ...]
+    new_blocks: int = 0
 
     @property
     def holds(self) -> bool:
         return not self.failures
 
+    @property
+    def what(self) -> str:
+        """What was edited, in a few words."""
+        if self.new_blocks:
+            return f"{self.new_blocks} new blocks"
+        return f"{self.grown_mlps:,} grown MLPs"
+
 
 def certify(
     base: Checkpoint,
-    grown: Checkpoint,
-    growths: Sequence[Growth],
+    other: Checkpoint,
+    relation: Relation,
     *,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Compare `grown` with `base`, tensor by tensor, as `growths` say they are related."""
+    """Compare `other` with `base`, tensor by tensor, as `relation` says it was made of it.
+
+    Raises UnsupportedError if the blocks of an expansion can't be followed.
+    """
+    if isinstance(relation, Expansion):
+        return _certify_expansion(base, other, relation, threads, progress)
     failures: dict[str, str] = {}
+    missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in other]
+    missing += [f"{name} isn't in the base" for name in other if name not in base]
+    _run(_checks(base, other, relation, failures), failures, threads, progress)
+    return Certificate(
+        grown_mlps=len(relation),
+        tensors_compared=sum(1 for name in base if name in other),
+        bytes_compared=sum(tensor.nbytes for tensor in other.values()),
+        failures=(*missing, *(failures[name] for name in base if name in failures)),
+    )
+
+
+def _certify_expansion(
+    base: Checkpoint,
+    other: Checkpoint,
+    expansion: Expansion,
+    threads: int | None,
+    progress: Progress | None,
+) -> Certificate:
+    from surgery.modeling.identity import not_identity
+
+    inside = expansion.tensors(base.anatomy)
+    outside = {n: n for n, place in base.anatomy.places.items() if place.stack != expansion.stack}
+    wanted: dict[str, str | None] = {**outside, **inside}
+    failures: dict[str, str] = {}
+    checks: list[_Check] = []
+    sources = sorted({expansion.sources[block] for block in expansion.new})
+    moving = not_identity(base, expansion.stack, sources)
+    missing = [
+        f"a copy of block {block} doesn't return its input: {why}" for block, why in moving.items()
+    ]
+    missing += [f"{name} is missing in the expanded checkpoint" for name in wanted - other.keys()]
+    missing += [f"{name} has no source in the base" for name in other if name not in wanted]
+    for name, source in wanted.items():
+        if name not in other:
+            continue
+        new = other[name]
+        old = base[source] if source is not None else zeros(new.shape, new.dtype)
+        if (old.dtype, old.shape) != (new.dtype, new.shape):
+            failures[name] = (
+                f"{name} is {new.dtype} {list(new.shape)}, and should be {old.dtype} "
+                f"{list(old.shape)}"
+            )
+            continue
+        kind = _Check if source is not None else _Zero
+        checks += [kind(name, old, new, rows) for rows in new.blocks(BLOCK_ELEMENTS)]
+    _run(checks, failures, threads, progress)
+    return Certificate(
+        grown_mlps=0,
+        tensors_compared=sum(1 for name in wanted if name in other),
+        bytes_compared=sum(tensor.nbytes for tensor in other.values()),
+        failures=(*missing, *(failures[name] for name in wanted if name in failures)),
+        new_blocks=len(expansion.new),
+    )
+
+
+def _run(
+    checks: Sequence[_Check],
+    failures: dict[str, str],
+    threads: int | None,
+    progress: Progress | None,
+) -> None:
+    """Make all comparisons; what is wrong goes into `failures`, the first for each tensor."""
     lock = Lock()
 
     def work(check: _Check) -> None:
@@ -65,16 +151,7 @@ def certify(
         if progress is not None:
             progress(check.nbytes)
 
-    missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in grown]
-    missing += [f"{name} isn't in the base" for name in grown if name not in base]
-    checks = _checks(base, grown, growths, failures)
     run_all(iter(checks), work, threads)
-    return Certificate(
-        grown_mlps=len(growths),
-        tensors_compared=sum(1 for name in base if name in grown),
-        bytes_compared=sum(tensor.nbytes for tensor in grown.values()),
-        failures=(*missing, *(failures[name] for name in base if name in failures)),
-    )
 
 
 class _Check:
@@ -93,6 +170,15 @@ class _Check:
             return None  # the same bytes of the same file
         if not same_bits(self.grown.read(start, stop), self.base.read(start, stop)):
             return f"rows {start} to {stop} differ from the base's, and nothing should"
+        return None
+
+
+class _Zero(_Check):
+    """A projection of a new block that writes to the residual stream: zero."""
+
+    def run(self, start: int, stop: int) -> str | None:
+        if bool((self.grown.read(start, stop) != 0).any()):
+            return "it belongs to a new block and writes to the residual stream, and isn't zero"
         return None
 
 

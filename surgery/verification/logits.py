@@ -64,8 +64,8 @@ class Logits:
 
     @property
     def same(self) -> bool:
-        """Whether rounding explains the difference."""
-        return self.threshold is not None and self.max_difference <= self.threshold
+        """Whether rounding explains the difference; without a yardstick there must be none."""
+        return self.max_difference <= (self.threshold or 0.0)
 
 
 @dataclass(frozen=True)
@@ -85,8 +85,10 @@ def compare_logits(
     device: str = "auto",
     dtype: VerifyDtype = "float32",
     seed: int = 0,
+    places: Mapping[str, str] | None = None,
 ) -> Logits:
-    """Run both on the same random tokens. One model is in memory at a time.
+    """Run both on the same random tokens. One model is in memory at a time. `places` gives the
+    names that blocks of the base have in `other`, where they moved.
 
     Raises UnsupportedError if transformers can't build one of them.
     """
@@ -103,6 +105,10 @@ def compare_logits(
             f"{list(second.output.shape)}; the logits can't be compared"
         )
     permuted = run(_permuted(base, seed)) if base.anatomy.mlps else None
+    moved = {
+        name: second.blocks[now] for name, now in (places or {}).items() if now in second.blocks
+    }
+    second = replace(second, blocks={**second.blocks, **moved})
     return _compare(first_run, second, permuted, device, dtype)
 
 

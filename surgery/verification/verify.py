@@ -9,16 +9,17 @@ from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint
 from surgery.errors import VerificationError
+from surgery.expansion import Expansion, expansion_of
 from surgery.growth import Growth, growths_of
 from surgery.parallel import Progress
-from surgery.verification.certificate import Certificate, certify
+from surgery.verification.certificate import Certificate, Relation, certify
 from surgery.verification.discover import discover_growths
 from surgery.verification.logits import NOISE_MULTIPLE, Logits, VerifyDtype, compare_logits
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. A growth must have both proofs; of two other models the logits are only
+    """What was found. A growth or an expansion must have both proofs; of two other models the logits are only
     reported, and `certificate` is None. `logits` is None if they weren't asked for."""
 
     certificate: Certificate | None
@@ -36,10 +37,11 @@ class Verification:
         """One sentence."""
         said = []
         if self.certificate is not None:
-            holds = "holds" if self.certificate.holds else "doesn't hold"
+            certificate = self.certificate
+            holds = "holds" if certificate.holds else "doesn't hold"
             said.append(
-                f"the certificate {holds} for {self.certificate.tensors_compared} tensors, "
-                f"{self.certificate.grown_mlps} MLPs grown"
+                f"the certificate {holds} for {certificate.tensors_compared} tensors, "
+                f"{certificate.what}"
             )
         if self.logits is not None:
             logits = self.logits
@@ -91,42 +93,73 @@ def verify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
-    """Compare `other` with `base`: the certificate if it was grown from it, and the logits.
+    """Compare `other` with `base`: the certificate if it was grown or expanded from it, and the
+    logits.
 
-    Whether it was grown is taken from the edit that made `other`, from the record beside it, or
-    else found out from the weights themselves. The certificate comes first: where it fails, the
+    Whether it was is taken from the edit that made `other`, from the record beside it, or else
+    (a growth) found out from the weights themselves. The certificate comes first: where it fails, the
     logits are still compared, to say which layer departs first.
     """
-    growths = find_growths(base, other)
+    relation = find_relation(base, other)
     certificate = None
-    if growths:
-        certificate = certify(base, other, growths, threads=threads, progress=progress)
-    compared = compare_logits(base, other, device=device, dtype=dtype) if logits else None
+    if relation:
+        certificate = certify(base, other, relation, threads=threads, progress=progress)
+    compared = None
+    if logits:
+        compared = compare_logits(
+            base, other, device=device, dtype=dtype, places=block_places(relation)
+        )
     return Verification(certificate, compared)
+
+
+def find_relation(base: Checkpoint, other: Checkpoint) -> Relation:
+    """How `other` was grown or expanded from `base`; no growths if it wasn't."""
+    return find_expansion(base, other) or find_growths(base, other)
+
+
+def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
+    """How `other` was expanded from `base`, by the edit that made it or the record beside it."""
+    for details in (_in_history(other, "expand"), _in_record(other, "expand")):
+        if details:
+            try:
+                return expansion_of(details, base.anatomy)
+            except (KeyError, TypeError, ValueError):
+                continue  # the record tells of another base
+    return None
 
 
 def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
     """How `other` was grown from `base`; nothing if it wasn't."""
-    for record in (_in_history(other), _in_record(other)):
-        if record:
+    for details in (_in_history(other, "grow"), _in_record(other, "grow")):
+        if details:
             try:
-                return growths_of(record, base.anatomy.mlps)
+                return growths_of(details["mlps"], base.anatomy.mlps)
             except (KeyError, TypeError, ValueError):
                 continue  # the record tells of another base: the weights decide
     return discover_growths(base, other)
 
 
-def _in_history(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+def block_places(relation: Relation) -> Mapping[str, str]:
+    """For every block of the base the name that it has in the other model, where it moved."""
+    if not isinstance(relation, Expansion):
+        return {}
+    return {
+        relation.name(old, "")[:-1]: relation.name(at, "")[:-1] for old, at in relation.kept.items()
+    }
+
+
+def _in_history(checkpoint: Checkpoint, operation: str) -> Mapping[str, Any]:
+    """The details of the last edit, if it was such an operation."""
     last = checkpoint.history[-1:]
-    return [entry for edit in last if edit.operation == "grow" for entry in edit.details["mlps"]]
+    return last[0].details if last and last[0].operation == operation else {}
 
 
-def _in_record(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+def _in_record(checkpoint: Checkpoint, operation: str) -> Mapping[str, Any]:
     path = checkpoint.source.path / RECORD
-    if not path.is_file():
-        return []
+    if checkpoint.history or not path.is_file():
+        return {}
     try:
-        edits = json.loads(path.read_text(encoding="utf-8"))["edits"]
-        return list(edits[-1]["details"]["mlps"]) if edits[-1]["operation"] == "grow" else []
+        edit = json.loads(path.read_text(encoding="utf-8"))["edits"][-1]
+        return dict(edit["details"]) if edit["operation"] == operation else {}
     except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return []  # a record that isn't ours tells nothing; the weights do
+        return {}  # a record that isn't ours tells nothing; the weights do

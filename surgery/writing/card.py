@@ -94,6 +94,14 @@ def _body(weights: Weights, record: Mapping[str, Any]) -> list[str]:
                 "tensors of role `up` whole, and freeze all else."
             ),
         ]
+    if any(edit.operation == "expand" for edit in weights.history):
+        lines += [
+            "",
+            (
+                "`surgery.json` lists the blocks that were added, which return their input as "
+                "they are. LLaMA Pro trains those alone, and freezes all else."
+            ),
+        ]
     if isinstance(weights, Checkpoint) and "auto_map" in weights.config:
         lines += ["", "Loading takes `trust_remote_code=True`: layers differ in MLP width."]
     return lines

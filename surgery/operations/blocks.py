@@ -1,0 +1,282 @@
+"""Compose: a checkpoint whose blocks come from several models, renamed and not copied.
+
+mergekit calls it a passthrough merge of slices, the Hub a frankenmerge.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from surgery.anatomy import Role
+from surgery.anatomy.infer import WIDTHS_KEY, text_config
+from surgery.checkpoint import Checkpoint, Edit, joint_history
+from surgery.errors import ArgumentError, MismatchError, UnsupportedError
+from surgery.modeling.widths import MODELING_FILE
+from surgery.operations.block_config import Block, composed_config, depth_in_config
+from surgery.operations.pairs import check_unquantized
+from surgery.operations.tying import separate_head, with_tying
+from surgery.operations.widths import settle_widths, stock_widths
+from surgery.tensor import LazyTensor
+
+_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|clip|siglip)", re.IGNORECASE)
+
+
+def compose(
+    blocks: Sequence[Block],
+    *,
+    before: Checkpoint | None = None,
+    after: Checkpoint | None = None,
+) -> Checkpoint:
+    """The checkpoint whose block i is block `blocks[i]` = (checkpoint, number) of another.
+
+    Tensors before the blocks (embeddings) are those of `before`, by default the first block's
+    checkpoint, and those behind them (final norm, head) those of `after`, by default the last
+    block's. Config, companion files and a vision or audio tower are those of `before`; the
+    number of layers and all that goes by layer follow the blocks. Nothing is computed.
+
+    Raises ArgumentError, MismatchError or UnsupportedError, before any tensor is read.
+    """
+    if not blocks:
+        raise ArgumentError("blocks is empty, and a model has at least one")
+    before = blocks[0][0] if before is None else before
+    after = blocks[-1][0] if after is None else after
+    made = assemble(blocks, before, after)
+    models = distinct(before, *(model for model, _ in blocks), after)
+    label = {id(model): f"model_{at}" for at, model in enumerate(models, 1)}
+    edit = Edit(
+        "compose",
+        {"blocks": len(blocks)},
+        {label[id(model)]: model.source for model in models},
+        {
+            "blocks": [[label[id(model)], at] for model, at in blocks],
+            "before": label[id(before)],
+            "after": label[id(after)],
+        },
+    )
+    return replace(made, history=(*joint_history(before, *models), edit))
+
+
+def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> Checkpoint:
+    """What `compose` makes, without an edit of its own in the history."""
+    models = distinct(before, *(model for model, _ in blocks), after)
+    check_unquantized(**{f"model {at}": model for at, model in enumerate(models, 1)})
+    stack = _shared_stack(models)
+    names = {id(model): names_by_block(model, stack) for model in models}
+    _check_blocks(blocks, before, stack, names)
+    early, late = _outside(before, after, stack)
+    untied = before is not after and separate_head(before, after, late)
+    config = composed_config(before, after, blocks, stack)
+    if untied and config:
+        config = with_tying(config, tied=False)
+    inside = {
+        f"{stack}.{new}.{inner}" if stack else f"{new}.{inner}": model[name]
+        for new, (model, at) in enumerate(blocks)
+        for inner, name in names[id(model)][at].items()
+    }
+    tensors = _in_order(before, {**early, **late}, inside, stack)
+    draft = replace(before, tensors=tensors, config=config)
+    return _with_widths(draft, models, stack)
+
+
+def distinct(*models: Checkpoint) -> list[Checkpoint]:
+    """The models, each once, in the order in which they first come."""
+    return list({id(model): model for model in models}.values())
+
+
+def main_stack(model: Checkpoint) -> str:
+    """The one stack of blocks of the language model. Raises UnsupportedError if there are
+    several, or if the files have another number of blocks than the config."""
+    stacks = model.anatomy.stacks
+    own = [stack for stack in stacks if not _TOWER.search(stack)]
+    if len(own) != 1:
+        found = f"several stacks of blocks ({', '.join(own)})" if own else "no stack of blocks"
+        raise UnsupportedError(
+            f"{model.source.reference} has {found}, and blocks are taken from models with one"
+        )
+    says, has = depth_in_config(model), stacks[own[0]]
+    if says is not None and says != has:
+        raise UnsupportedError(
+            f"{model.source.reference}: {own[0]} has {has} blocks in the files, and the config "
+            f"gives {says} layers: what the others are can't be told (layers that predict "
+            f"further tokens, perhaps)"
+        )
+    return own[0]
+
+
+def names_by_block(model: Checkpoint, stack: str) -> list[dict[str, str]]:
+    """For every block of a stack the full names of its tensors, by their names inside it."""
+    found: list[dict[str, str]] = [{} for _ in range(model.anatomy.stacks[stack])]
+    for name, place in model.anatomy.places.items():
+        if place.stack == stack and place.block is not None:
+            found[place.block][place.inner] = name
+    return found
+
+
+def _shared_stack(models: Sequence[Checkpoint]) -> str:
+    """The name of the stack that all models have. Raises with all that don't belong together."""
+    stacks: list[str] = []
+    refused: list[str] = []
+    for model in models:
+        try:
+            stacks.append(main_stack(model))
+        except UnsupportedError as error:
+            refused.extend(error.problems)
+    UnsupportedError.raise_if(refused)
+    types = [text_config(model.config).get("model_type") for model in models]
+    own = models[0].source.reference
+    MismatchError.raise_if(
+        [
+            f"{model.source.reference} and {own} are different architectures: model_type is "
+            f"{kind} and {types[0]}"
+            for model, kind in zip(models, types, strict=True)
+            if kind != types[0]
+        ]
+        + [
+            f"the blocks are called {stack} in {model.source.reference} and {stacks[0]} in {own}: "
+            f"save both with the same class"
+            for model, stack in zip(models, stacks, strict=True)
+            if stack != stacks[0]
+        ]
+    )
+    return stacks[0]
+
+
+def _check_blocks(
+    blocks: Sequence[Block],
+    before: Checkpoint,
+    stack: str,
+    names: Mapping[int, list[dict[str, str]]],
+) -> None:
+    """Blocks that are there, and whose tensors are like those of some block of `before`. The
+    width of an MLP may differ."""
+    chosen = list({(id(model), at): (model, at) for model, at in blocks}.values())
+    ArgumentError.raise_if(
+        f"{model.source.reference} has no block {at}: its {model.anatomy.stacks[stack]} blocks "
+        f"are 0 to {model.anatomy.stacks[stack] - 1}"
+        for model, at in chosen
+        if not 0 <= at < model.anatomy.stacks[stack]
+    )
+    own = names[id(before)]
+    like: dict[str, set[tuple[Any, ...]]] = {}
+    for block in own:
+        for inner, name in block.items():
+            like.setdefault(inner, set()).add(_form(before[name]))
+    problems = []
+    for model, at in chosen:
+        if model is before:
+            continue
+        block = names[id(model)][at]
+        mlp = model.anatomy.mlps.get((stack, at))
+        widening = set(mlp.tensors) if mlp is not None else set()
+        off = min((block.keys() ^ other.keys() for other in own), key=len)
+        if off:
+            problems.append(
+                f"{stack}.{at} of {model.source.reference} isn't like any block of "
+                f"{before.source.reference}: only one of them has {', '.join(sorted(off))}"
+            )
+        problems += [
+            f"{name} is {_said(_form(model[name]))} in {model.source.reference}, and in the "
+            f"blocks of {before.source.reference} it is "
+            + " or ".join(sorted(map(_said, like[inner])))
+            for inner, name in block.items()
+            if inner in like and name not in widening and _form(model[name]) not in like[inner]
+        ]
+    MismatchError.raise_if(problems)
+
+
+def _form(tensor: LazyTensor) -> tuple[Any, ...]:
+    """What has to agree of two tensors: their kind of number, and their shape."""
+    return (tensor.dtype.kind, tensor.shape)
+
+
+def _said(form: tuple[Any, ...]) -> str:
+    return f"{form[0]} {list(form[1])}"
+
+
+def _outside(
+    before: Checkpoint, after: Checkpoint, stack: str
+) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
+    """The tensors before the blocks and those behind them."""
+    early = _on_one_side(before, stack, late=False)
+    late = _on_one_side(after, stack, late=True)
+    if before is after:
+        return early, late
+    UnsupportedError.raise_if(
+        f"{name} of {model.source.reference} is outside the blocks, and whether before or behind "
+        f"them can't be told: take `before` and `after` from one checkpoint"
+        for model in (before, after)
+        for name, place in model.anatomy.places.items()
+        if place.stack is None and place.role is Role.UNKNOWN and not _TOWER.search(name)
+    )
+    replaced = _on_one_side(before, stack, late=True)
+    heads = {before.anatomy.head, after.anatomy.head}
+    MismatchError.raise_if(
+        [
+            f"{name} is in {has.source.reference} and not in {lacks.source.reference}"
+            for has, lacks, here, there in (
+                (before, after, replaced, late),
+                (after, before, late, replaced),
+            )
+            for name in here
+            if name not in there and name not in heads
+        ]
+        + [
+            f"{name} is {_said(_form(late[name]))} in {after.source.reference} and "
+            f"{_said(_form(tensor))} in {before.source.reference}"
+            for name, tensor in replaced.items()
+            if name in late and _form(tensor) != _form(late[name])
+        ]
+    )
+    return early, late
+
+
+def _on_one_side(model: Checkpoint, stack: str, *, late: bool) -> dict[str, LazyTensor]:
+    """The tensors of a model before its blocks, or those behind them: the head and the norms
+    that aren't in a tower."""
+    return {
+        name: model[name]
+        for name, place in model.anatomy.places.items()
+        if place.stack != stack
+        if late == (place.role in (Role.NORM, Role.HEAD) and not _TOWER.search(place.stack or name))
+    }
+
+
+def _in_order(
+    before: Checkpoint,
+    outside: Mapping[str, LazyTensor],
+    inside: Mapping[str, LazyTensor],
+    stack: str,
+) -> dict[str, LazyTensor]:
+    """All tensors, in the order of `before`: its own if the names are, else with all blocks
+    where its first one stands."""
+    every = {**outside, **inside}
+    if every.keys() == before.tensors.keys():
+        return {name: every[name] for name in before}
+    places = before.anatomy.places
+    first = next(at for at, name in enumerate(before) if places[name].stack == stack)
+    early = [name for name in list(before)[:first] if name in outside]
+    return {
+        name: every[name]
+        for name in dict.fromkeys([*early, *inside, *before, *outside])
+        if name in every
+    }
+
+
+def _with_widths(draft: Checkpoint, models: Sequence[Checkpoint], stack: str) -> Checkpoint:
+    """The config's width keys, or the modeling file, for the MLPs that there are now."""
+    companions = dict(draft.companions)
+    by_layer = any(WIDTHS_KEY in model.config for model in models)
+    if by_layer:
+        companions.pop(MODELING_FILE, None)
+    draft = replace(draft, companions=companions)
+    widths = {key: mlp.width for key, mlp in draft.anatomy.mlps.items() if key[0] == stack}
+    stock = {mlp.width for mlp in models[0].anatomy.mlps.values()}
+    if by_layer:
+        stock = stock_widths(draft.config)
+    if not draft.config or not widths or set(widths.values()) <= stock:
+        return draft
+    config, companions = settle_widths(draft, dict(draft.config), companions, widths, stock)
+    return replace(draft, config=config, companions=companions)
