@@ -16,6 +16,7 @@ import typer
 
 from surgery.errors import SurgeryError
 
+from .apply import apply
 from .demo import demo
 from .diff import diff
 from .expand import expand
@@ -24,6 +25,8 @@ from .inspect import inspect
 from .lines import lines
 from .merge import merge
 from .methods import methods
+from .run import run as run_
+from .task_vector import task_vector
 from .verify import verify
 
 INTERRUPTED = 130
@@ -70,7 +73,10 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
-for verb in (inspect, diff, lines, merge, methods, grow, expand, verify, demo):
+VERBS = (
+    inspect, diff, lines, merge, methods, task_vector, apply, grow, expand, run_, verify, demo,
+)  # fmt: skip
+for verb in VERBS:
     app.command()(with_exit_codes(verb))
 
 

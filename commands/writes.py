@@ -12,6 +12,7 @@ from .proof import print_verification, prove
 
 if TYPE_CHECKING:
     from surgery import Checkpoint, Written
+    from surgery.checkpoint import Weights
     from surgery.verification import Relation
 
 
@@ -36,15 +37,16 @@ class Proof:
     dtype: Literal["float32", "float64"]
 
 
-def dry_run(edited: Checkpoint, target: Target, proof: Proof | None = None) -> None:
+def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None:
     """Show what writing `edited` would do; raise what it would raise, but for a full disk."""
+    from surgery import Checkpoint
     from surgery.writing.plan import free_bytes, plan
     from surgery.writing.write import peak_memory, prepare
 
     prepare(edited, target.out.absolute(), overwrite=target.overwrite)
     layout = plan(edited, max_shard_bytes=target.max_shard_size)
     memory = peak_memory(layout, target.threads)
-    if proof is not None and proof.verify and proof.logits:
+    if isinstance(edited, Checkpoint) and proof is not None and proof.verify and proof.logits:
         from surgery.verification.logits import memory_needed
 
         memory = max(memory, memory_needed(edited, proof.dtype))
@@ -56,7 +58,7 @@ def dry_run(edited: Checkpoint, target: Target, proof: Proof | None = None) -> N
 
 
 def write_edited(
-    edited: Checkpoint,
+    edited: Weights,
     target: Target,
     *,
     check: Callable[[Checkpoint], object] | None = None,

@@ -5,7 +5,8 @@
     ├── InputError              3   something is wrong with what was given to read
     │   ├── NotFoundError       3   no such directory, file or Hub repository
     │   ├── FormatError         3   a damaged file; header and index that disagree
-    │   └── MismatchError       3   two checkpoints that don't belong together
+    │   ├── MismatchError       3   two checkpoints that don't belong together
+    │   └── RecipeError         3   a recipe that can't be meant, with the line
     ├── UnsupportedError        4   sound input that this operation can't edit, and why
     ├── OutputError             5   the target exists or lies inside an input; the disk is full
     └── VerificationError       6   the edited checkpoint isn't what it has to be; nothing is written
@@ -59,6 +60,10 @@ class FormatError(InputError):
 
 class MismatchError(InputError):
     """Two checkpoints that should belong together don't."""
+
+
+class RecipeError(InputError):
+    """A recipe says something that can't be meant."""
 
 
 class UnsupportedError(SurgeryError):

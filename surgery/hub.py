@@ -77,6 +77,8 @@ class Source:
     revision: str | None = None
     remote_headers: Mapping[str, RemoteFile] = field(default_factory=dict)
     files: Mapping[str, int] = field(default_factory=dict)
+    step: bool = False
+    """Whether this is a step of a recipe, by its name, which was made of what lies in `path`."""
 
 
 def resolve(reference: str | Path, *, headers_only: bool = False, quiet: bool = False) -> Source:

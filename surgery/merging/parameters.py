@@ -76,6 +76,9 @@ def _checked(parameter: Parameter, value: Any, models: int) -> tuple[Any, list[s
                 f"{parameter.name} has {len(given)} values, and there are {models} models: give "
                 f"one for each, or one for all"
             )
+    if None in given:
+        problems.append(f"{parameter.name} has to be given for each model: {parameter.doc}")
+    given = [item for item in given if item is not None]
     problems += dict.fromkeys(text for item in given if (text := _problem(parameter, item)))
     if problems:
         return None, problems

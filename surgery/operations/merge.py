@@ -13,12 +13,14 @@ from typing import Any
 
 from surgery.anatomy import Role
 from surgery.checkpoint import Checkpoint, Edit
+from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError
 from surgery.merging.finite import finite
 from surgery.merging.job import Job
 from surgery.merging.mergeable import Lines, check_arguments, check_together
 from surgery.merging.methods import Method, find_method, joint_problems
-from surgery.merging.parameters import resolve
+from surgery.merging.parameters import resolve, unknown
+from surgery.operations.dtype import main_dtype, with_dtype
 from surgery.operations.lines import depth_scale, scale_of
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
@@ -33,6 +35,7 @@ def merge(
     method: str,
     seed: int = 0,
     lines: Lines = None,
+    dtype: str | None = None,
     per_tensor: PerTensor | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
@@ -47,15 +50,24 @@ def merge(
     (N ||tau_merged||_1), for which every input is read here, by `threads`, and the method's
     `lambda` as beta.
 
+    With `dtype` ("float32", "bfloat16", ...) tensors of the type that most of the weights have
+    are rounded to that one instead; those that another type sets apart keep it.
+
     Integers and buffers stay as they are. Dtypes, config and companion files are those of the
     base, or of the first model if the method takes none. Raises ArgumentError, MismatchError or
     UnsupportedError, with all that is wrong.
     """
     chosen = find_method(method)
     given = {name.rstrip("_"): value for name, value in parameters.items()}
-    values = check_arguments(chosen, models, base, given, lines)
+    sample = dict(given)
+    if per_tensor is not None and models:  # what differs by tensor has to be given only there
+        sample |= per_tensor(next(iter(models[0] if base is None else base), ""))
+    values = check_arguments(chosen, models, base, sample, lines)
     check_together(models, base)
-    merging = _Merging(chosen, models, base, seed, given, per_tensor)
+    merging = _Merging(chosen, models, base, seed, given, per_tensor, _float_type(dtype))
+    values |= dict.fromkeys(merging.varying, "differs by tensor")
+    if lines is not None and "lambda" in merging.varying:
+        raise ArgumentError("lines takes lambda as its beta, which is one number for all tensors")
     scales, details = None, {}
     if lines is not None:
         assert base is not None
@@ -74,6 +86,7 @@ def merge(
             **values,
             **({"seed": seed} if chosen.random else {}),
             "lines": list(lines) if isinstance(lines, tuple) else lines,
+            **({} if dtype is None else {"dtype": dtype}),
         },
         {
             **({} if base is None else {"base": base.source}),
@@ -95,9 +108,11 @@ class _Merging:
         seed: int,
         given: Mapping[str, Any],
         per_tensor: PerTensor | None,
+        dtype: DType | None,
     ) -> None:
         self.method, self.models, self.base, self.seed = method, models, base, seed
         self.first = models[0] if base is None else base
+        self.dtypes = {} if dtype is None else {main_dtype(self.first): dtype}
         every = models if base is None else (base, *models)
         self.tied = all(model.anatomy.tied for model in every)
         heads = [model.anatomy.head for model in every if model.anatomy.head is not None]
@@ -111,6 +126,13 @@ class _Merging:
         if self.head is not None and self.head not in self.first:
             self.names.append(self.head)
         self.values = self._values(given, per_tensor)
+        first_values = next(iter(self.values.values()), {})
+        self.varying = [
+            name
+            for name, value in first_values.items()
+            if any(own[name] != value for own in self.values.values())
+        ]
+        """Parameters that differ from tensor to tensor."""
         self.made: dict[str, LazyTensor] = {}
         """Updates that were made to be measured."""
 
@@ -151,6 +173,8 @@ class _Merging:
     def config(self) -> dict[str, Any]:
         """The config, untied if head and embedding are now two."""
         config = self.first.settled_config
+        for dtype in self.dtypes.values():
+            config = with_dtype(config, dtype)
         if self.tied or self.head is None or not self.first.anatomy.tied:
             return config
         nested = config.get("text_config")
@@ -183,7 +207,7 @@ class _Merging:
             else self._of(self.base, name),
             models=tuple(self._of(model, name) for model in self.models),
             parameters=self.values[name],
-            dtype=first.dtype,
+            dtype=self.dtypes.get(first.dtype, first.dtype),
             seed=self.seed,
             matrix=len(first.shape) == 2
             and place is not None
@@ -219,6 +243,13 @@ class _Merging:
         assert self.base is not None
         job = replace(self._job(name), base=self._of(self.base, name), bare=True)
         return job.tensor(partial(combine, combination=Combination(1.0, (1.0,) * len(job.models))))
+
+
+def _float_type(name: str | None) -> DType | None:
+    floats = {t.torch_name: t for t in DTYPES.values() if t.kind == "float"}
+    if name is not None and name not in floats:
+        raise ArgumentError(unknown("type", name, [str(known) for known in floats]))
+    return None if name is None else floats[name]
 
 
 def _scaled_merge(method: Method, job: Job, base: LazyTensor, scale: float) -> LazyTensor:

@@ -33,7 +33,7 @@ def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | byte
 
 def _metadata(weights: Weights, given: Path | None) -> dict[str, Any]:
     inputs = [source for edit in weights.history for source in edit.inputs.values()]
-    names = dict.fromkeys(model_name(source) for source in inputs)
+    names = dict.fromkeys(model_name(source) for source in inputs if not source.step)
     metadata: dict[str, Any] = {
         "base_model": list(names),
         **({} if weights.library is None else {"library_name": weights.library}),
@@ -44,6 +44,8 @@ def _metadata(weights: Weights, given: Path | None) -> dict[str, Any]:
 
 def model_name(source: Source) -> str:
     """The Hub's id, or the name of the directory: where it lies on this machine is nobody's."""
+    if source.step:
+        return source.reference
     return source.repo_id or source.path.resolve().name
 
 

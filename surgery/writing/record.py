@@ -26,6 +26,7 @@ def make_record(
     tallies: Mapping[str, float],
     verification: Mapping[str, Any] | None,
     command: str | None,
+    recipe: Any = None,
 ) -> dict[str, Any]:
     """The record as plain data."""
     weights = layout.weights
@@ -33,6 +34,7 @@ def make_record(
         "format": FORMAT,
         "surgery": version("model-surgery"),
         "command": command,
+        **({} if recipe is None else {"recipe": recipe}),
         "edits": [_edit(edit) for edit in weights.history],
         "norms": update_norms(weights, tallies),
         "verification": verification,
@@ -119,6 +121,8 @@ def _edit(edit: Edit) -> dict[str, Any]:
 def _source(source: Source) -> dict[str, Any]:
     """The reference, the revision, and of every weight file the size and, where the Hub's cache
     knows it, the SHA-256 (it names a large file's blob by its digest)."""
+    if source.step:
+        return {"step": source.reference}
     files: dict[str, dict[str, Any]] = {}
     folder = source.path if source.path.is_dir() else source.path.parent
     for name, size in source.files.items():

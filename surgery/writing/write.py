@@ -55,13 +55,14 @@ def write(
     progress: Progress | None = None,
     check: Callable[[Checkpoint], object] | None = None,
     verification: Mapping[str, Any] | None = None,
+    recipe: Any = None,
     command: str | None = None,
 ) -> Written:
     """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
-    exception that it raises leaves nothing behind. `verification` and `command` go into the
-    record. Raises OutputError if the target is in the way, or the disk is full.
+    exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
+    data, go into the record. Raises OutputError if the target is in the way, or the disk is full.
     """
     target = Path(target).absolute()
     prepare(weights, target, overwrite=overwrite)
@@ -69,7 +70,7 @@ def write(
     check_space(layout, target)
     with staging(target) as folder, _named(folder):
         tallies = _fill(layout, folder, threads, progress)
-        record = make_record(layout, tallies, verification, command)
+        record = make_record(layout, tallies, verification, command, recipe)
         _write_small_files(layout, folder, record)
         _check_staged(layout, folder)
         if check is not None:

@@ -1,0 +1,239 @@
+"""The steps of a recipe as one lazy chain: every checkpoint that it names, before any is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import MismatchError, RecipeError, SurgeryError
+from surgery.hub import Source
+from surgery.merging.methods import find_method
+from surgery.opening import open_checkpoint
+from surgery.operations.blocks import compose, main_stack
+from surgery.operations.expand import expand
+from surgery.operations.grow import grow
+from surgery.operations.layers import parse_layers
+from surgery.operations.lines import lines
+from surgery.operations.merge import merge
+from surgery.operations.task_vectors import apply, task_vector
+from surgery.parallel import Progress
+from surgery.recipe.document import Steps
+from surgery.recipe.schema import (
+    ApplyArguments,
+    ComposeArguments,
+    ExpandArguments,
+    GrowArguments,
+    LinesArguments,
+    MergeArguments,
+    Recipe,
+    Step,
+    TaskVectorArguments,
+)
+from surgery.recipe.settings import Constant, Setting, Spot, spot_of
+from surgery.task_vector import TaskVector, is_task_vector, open_task_vector
+
+Model = Checkpoint | TaskVector
+Bar = Callable[[str, int], AbstractContextManager[Progress]]
+"""Shows the progress of a job, by its name and its size in bytes."""
+T = TypeVar("T", Checkpoint, TaskVector)
+
+
+@dataclass(frozen=True)
+class Work:
+    """How to build: on how many threads, shown by which bar; with `measure` False nothing but
+    headers is read, and what takes more than them is made up."""
+
+    measure: bool = True
+    threads: int | None = None
+    bar: Bar | None = None
+
+    def progress(self, label: str, size: int) -> AbstractContextManager[Progress | None]:
+        return nullcontext() if self.bar is None else self.bar(label, size)
+
+
+def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Model]:
+    """The inputs by name. Raises with everything that is wrong with any of them."""
+    opened: dict[str, Model] = {}
+    errors = _Errors(recipe)
+    for name, reference in recipe.inputs.items():
+        with errors.of(("inputs", name)):
+            opener = open_task_vector if is_task_vector(reference) else open_checkpoint
+            opened[name] = opener(reference, headers_only=headers_only)
+    errors.raise_all()
+    return opened
+
+
+def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, Model]:
+    """Inputs and steps by name. Raises with everything that is wrong with any step; steps that
+    need one that failed are left out."""
+    made: dict[str, Model] = dict(inputs)
+    errors = _Errors(recipe)
+    for step in recipe.steps:
+        if any(name not in made for _, name in step.arguments.references()):
+            continue
+        with errors.of(step.at):
+            made[step.name] = _named(step, _Builder(step, made, work).build())
+    errors.raise_all()
+    return made
+
+
+class _Errors:
+    """Errors from several places, raised together."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.document = recipe.document
+        self.found: list[tuple[type[SurgeryError], str]] = []
+
+    @contextmanager
+    def of(self, at: Steps) -> Iterator[None]:
+        """Keep what is wrong with the part of the recipe at `at`."""
+        try:
+            yield
+        except SurgeryError as error:
+            self.found += [
+                (type(error), self.document.problem(at, text)) for text in error.problems
+            ]
+
+    def raise_all(self) -> None:
+        """As what they all are, or else as an error of the recipe."""
+        kinds = {kind for kind, _ in self.found}
+        kind = kinds.pop() if len(kinds) == 1 else RecipeError
+        kind.raise_if(text for _, text in self.found)
+
+
+def _named(step: Step, model: Model) -> Model:
+    """What a step made, under the step's name."""
+    if isinstance(model, TaskVector):
+        origin = next(iter(model.sources.values()))
+        return replace(model, source=Source(step.name, origin.path, step=True))
+    return replace(model, source=Source(step.name, model.source.path, step=True))
+
+
+class _Builder:
+    """One step, with what it refers to."""
+
+    def __init__(self, step: Step, made: Mapping[str, Model], work: Work) -> None:
+        self.step, self.made, self.work = step, made, work
+
+    def build(self) -> Model:
+        result: Model = getattr(self, f"_{self.step.operation}")(self.step.arguments)
+        return result
+
+    def _get(self, name: str, kind: type[T]) -> T:
+        found = self.made[name]
+        if not isinstance(found, kind):
+            is_, wanted = ("a task vector", "a model")
+            if kind is TaskVector:
+                is_, wanted = wanted, is_
+            raise MismatchError(f"{name} is {is_}, and {self.step.operation} takes {wanted} there")
+        return found
+
+    def _model(self, name: str) -> Checkpoint:
+        return self._get(name, Checkpoint)
+
+    def _merge(self, given: MergeArguments) -> Checkpoint:
+        base = None if given.base is None else self._model(given.base)
+        models = [self._model(name) for name in given.names]
+        settings = self.step.settings
+        fixed = {name: s.value for name, s in settings.items() if isinstance(s, Constant)}
+        varying = {name: s for name, s in settings.items() if not isinstance(s, Constant)}
+        scaling: Any = tuple(given.lines) if isinstance(given.lines, list) else given.lines
+        if scaling == "auto" and not self.work.measure:
+            scaling = (1.0, fixed.pop("lambda", 1.0))  # any: what is planned doesn't depend on it
+        per_tensor = None
+        if varying:
+            first = models[0] if base is None else base
+            per_tensor = _PerTensor(given.method, varying, first, self.step.spans)
+        size = 4 * models[0].numel if scaling == "auto" else 0
+        with self.work.progress("measuring", size) if size else nullcontext() as advance:
+            return merge(
+                models,
+                base=base,
+                method=given.method,
+                seed=given.seed,
+                lines=scaling,
+                dtype=given.dtype,
+                per_tensor=per_tensor,
+                threads=self.work.threads,
+                progress=advance,
+                **fixed,
+            )
+
+    def _lines(self, given: LinesArguments) -> Checkpoint:
+        return lines(
+            self._model(given.base),
+            self._model(given.tuned),
+            alpha=given.alpha,
+            beta=given.beta,
+            outside=given.outside,
+        )
+
+    def _grow(self, given: GrowArguments) -> Checkpoint:
+        measured = given.choose == "norm" and not self.work.measure
+        return grow(
+            self._model(given.model),
+            factor=given.factor,
+            width=given.width,
+            layers=str(given.layers),
+            multiple_of=given.multiple_of,
+            choose="first" if measured else given.choose,
+            symmetry_break=given.break_symmetry,
+            seed=given.seed,
+            uniform=given.uniform,
+        )
+
+    def _expand(self, given: ExpandArguments) -> Checkpoint:
+        after = None if given.after is None else str(given.after)
+        return expand(self._model(given.model), copies=given.copies, after=after)
+
+    def _task_vector(self, given: TaskVectorArguments) -> TaskVector:
+        return task_vector(self._model(given.base), self._model(given.tuned), dtype=given.dtype)
+
+    def _apply(self, given: ApplyArguments) -> Checkpoint:
+        vectors = [self._get(name, TaskVector) for name in given.vectors]
+        return apply(self._model(given.base), *vectors, scale=given.scale)
+
+    def _compose(self, given: ComposeArguments) -> Checkpoint:
+        blocks = []
+        for item in given.blocks:
+            model = self._model(item.model)
+            depth = model.anatomy.stacks[main_stack(model)]
+            blocks += [(model, at) for at in parse_layers(str(item.layers), depth)]
+        outside = {
+            name: self._model(value)
+            for name in ("before", "after")
+            if (value := getattr(given, name)) is not None
+        }
+        return compose(blocks, **outside)
+
+
+class _PerTensor:
+    """Parameters of a merge by a tensor's name."""
+
+    def __init__(
+        self,
+        method: str,
+        settings: Mapping[str, Setting | tuple[Setting | None, ...]],
+        first: Checkpoint,
+        spans: tuple[int, ...] | None,
+    ) -> None:
+        self.defaults = {p.name: p.default for p in find_method(method).parameters}
+        self.settings, self.first, self.spans = settings, first, spans
+
+    def __call__(self, name: str) -> Mapping[str, Any]:
+        anatomy = self.first.anatomy
+        spot = spot_of(name, anatomy.places.get(name), anatomy, self.spans)
+        values = {}
+        for key, setting in self.settings.items():
+            if isinstance(setting, tuple):
+                values[key] = tuple(self._value(key, one, spot) for one in setting)
+            else:
+                values[key] = self._value(key, setting, spot)
+        return values
+
+    def _value(self, key: str, setting: Setting | None, spot: Spot) -> Any:
+        found = None if setting is None else setting.at(spot)
+        return self.defaults[key] if found is None else found

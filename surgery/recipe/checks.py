@@ -1,0 +1,167 @@
+"""What has to hold of a recipe's checkpoints, and whether it does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from xml.etree import ElementTree
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import ArgumentError, VerificationError
+from surgery.recipe.chain import Model, Work
+from surgery.recipe.document import Steps
+from surgery.recipe.schema import ExpandArguments, GrowArguments, Recipe, Requirement
+from surgery.verification import (
+    Verification,
+    block_places,
+    certify,
+    compare_logits,
+    find_relation,
+)
+from surgery.verification.logits import VerifyDtype
+
+
+@dataclass(frozen=True)
+class Proving:
+    """How models are compared: whether their logits are, where, and in which type."""
+
+    logits: bool = True
+    device: str = "auto"
+    dtype: VerifyDtype = "float32"
+
+
+@dataclass(frozen=True)
+class Check:
+    """A requirement, what was found, and what doesn't hold."""
+
+    name: str
+    requirement: Requirement
+    verification: Verification
+    problems: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain data, for the record and for `--json`."""
+        return {
+            "name": self.name,
+            "holds": not self.problems,
+            "problems": list(self.problems),
+            "required": self.requirement.model_dump(exclude_defaults=True),
+            **self.verification.as_json(),
+        }
+
+
+def requirements(recipe: Recipe, *, verify: bool) -> list[tuple[Requirement, Steps]]:
+    """What the recipe requires, and with `verify` that every step which promises to keep the
+    function keeps it."""
+    promised = [
+        (Requirement(same=[step.arguments.model, step.name]), step.at)
+        for step in recipe.steps
+        if isinstance(step.arguments, (GrowArguments, ExpandArguments))
+        and verify
+        and step.arguments.verify
+    ]
+    own = list(recipe.requirements)
+    given = [requirement.same for requirement, _ in own]
+    return [(r, at) for r, at in promised if r.same not in given] + own
+
+
+def check(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    required: Sequence[tuple[Requirement, Steps]],
+    proving: Proving,
+    work: Work,
+) -> list[Check]:
+    """Compare the models that the requirements name. Raises ArgumentError where one can't be
+    looked at."""
+    problems = []
+    for requirement, at in required:
+        if requirement.compare and not proving.logits:
+            problems.append(recipe.document.problem(at, "this takes logits, which are left out"))
+        problems += [
+            recipe.document.problem(at, f"{name} is a task vector, which computes nothing")
+            for name in requirement.pair
+            if not isinstance(models[name], Checkpoint)
+        ]
+    ArgumentError.raise_if(problems)
+    return [_check(recipe, models, requirement, at, proving, work) for requirement, at in required]
+
+
+def _check(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    requirement: Requirement,
+    at: Steps,
+    proving: Proving,
+    work: Work,
+) -> Check:
+    first, second = requirement.pair
+    base, other = models[first], models[second]
+    assert isinstance(base, Checkpoint)
+    assert isinstance(other, Checkpoint)
+    certificate, places = None, {}
+    if requirement.same:
+        relation = find_relation(base, other)
+        places = dict(block_places(relation))
+        with work.progress(f"certificate of {second}", other.nbytes) as advance:
+            certificate = certify(base, other, relation, threads=work.threads, progress=advance)
+    logits = None
+    if proving.logits:
+        with work.progress(f"logits of {first} and {second}", base.nbytes + other.nbytes) as done:
+            logits = compare_logits(
+                base, other, device=proving.device, dtype=proving.dtype, places=places
+            )
+            if done is not None:
+                done(base.nbytes + other.nbytes)
+    verification = Verification(certificate, logits)
+    name = f"{second} computes what {first} does" if requirement.same else f"{second} near {first}"
+    found = _problems(requirement, verification)
+    return Check(
+        name, requirement, verification, tuple(recipe.document.problem(at, text) for text in found)
+    )
+
+
+def _problems(requirement: Requirement, verification: Verification) -> list[str]:
+    if requirement.same:
+        try:
+            verification.require()
+        except VerificationError as error:
+            return list(error.problems)
+        return []
+    problems = []
+    for bounds, word in ((requirement.at_most, "at most"), (requirement.at_least, "at least")):
+        for name, bound in bounds.items():
+            found = getattr(verification.logits, name)
+            if found is None:
+                problems.append(f"{name} can't be had of a model without a head")
+            elif not (found <= bound if word == "at most" else found >= bound):
+                problems.append(f"{name} is {found:.4g}, and has to be {word} {bound:g}")
+    return problems
+
+
+def junit(name: str, checks: Sequence[Check]) -> bytes:
+    """The checks as a JUnit report, which pipelines show beside the tests."""
+    failed = sum(1 for check in checks if check.problems)
+    counts = {"tests": str(len(checks)), "failures": str(failed), "errors": "0"}
+    root = ElementTree.Element("testsuites", counts)
+    suite = ElementTree.SubElement(root, "testsuite", {"name": _printable(name), **counts})
+    for one in checks:
+        case = ElementTree.SubElement(
+            suite, "testcase", {"classname": "surgery", "name": _printable(one.name)}
+        )
+        if one.problems:
+            text = _printable("\n".join(one.problems))
+            failure = ElementTree.SubElement(
+                case, "failure", {"message": text.splitlines()[0], "type": "VerificationError"}
+            )
+            failure.text = text
+        ElementTree.SubElement(case, "system-out").text = _printable(one.verification.summary)
+    ElementTree.indent(root)
+    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+    return xml + b"\n"
+
+
+def _printable(text: str) -> str:
+    """What XML can hold: it has no way to write most control characters."""
+    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

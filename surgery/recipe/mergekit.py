@@ -1,0 +1,423 @@
+"""mergekit's configurations as recipes: what is documented there means the same here, and what
+isn't supported is refused by name. Where results differ, and why: docs/mergekit.md."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from surgery.errors import RecipeError
+from surgery.merging.methods import METHODS, Method
+from surgery.merging.parameters import unknown
+from surgery.recipe.document import Document, Steps
+from surgery.recipe.graph import Problems, ordered
+from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
+from surgery.recipe.settings import Constant, Gradient, Layered, Rule, Rules, Setting
+
+KEYS = (
+    "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
+    "tokenizer_source", "tokenizer", "name", "out_path",
+)  # fmt: skip
+REFUSED = {
+    "modules": "models made of several modules aren't supported yet",
+    "chat_template": "put the template into the output's tokenizer files instead",
+    "input_model_parameters": "give parameters beside each model",
+}
+DTYPES = ("float32", "float16", "bfloat16", "float64")
+IRRELEVANT = ("int8_mask", "eps")
+"""Parameters that save mergekit memory, or keep it from dividing by zero."""
+DEFAULTS: Mapping[str, Mapping[str, float]] = {
+    name: {"density": 1.0}
+    for name, m in METHODS.items()
+    if "density" in [p.name for p in m.parameters]
+}
+"""Defaults that differ from ours."""
+ONLY = {
+    "filter_wise": (False, "model_stock is per tensor here"),
+    "nuslerp_flatten": (True, "nuslerp is per tensor here"),
+    "nuslerp_row_wise": (False, "nuslerp is per tensor here"),
+    "embed_slerp": (False, "embeddings are merged by the method itself here"),
+}
+"""Parameters of which one value alone is supported, and why."""
+PARAMETERS = sorted({p.name for method in METHODS.values() for p in method.parameters})
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A model in a merge, with its blocks if it is part of a slice."""
+
+    model: str
+    at: Steps
+    parameters: Any
+    blocks: tuple[int, int] | None = None
+
+
+_Slice = tuple[list[_Source], dict[str, Setting]]
+"""The sources of a run of blocks (or of whole models), and parameters for it alone."""
+
+
+@dataclass
+class _Translation:
+    """One document on its way to steps."""
+
+    document: Document
+    known: Mapping[str, str]
+    """Steps by the name or the path that other documents call them."""
+    inputs: dict[str, str]
+    problems: Problems
+    notes: dict[str, None]
+    steps: list[Step] = field(default_factory=list)
+
+    def refer(self, given: Any, at: Steps) -> str:
+        """The name under which a model is known, as an input or as another document."""
+        reference = self._reference(given, at)
+        if reference in self.known:
+            return self.known[reference]
+        self.inputs[reference] = reference
+        return reference
+
+    def _reference(self, given: Any, at: Steps) -> str:
+        if isinstance(given, str) and given:
+            return given
+        if isinstance(given, Mapping):
+            inner = given.get("model", given)
+            lora = given.get("lora")
+            if isinstance(inner, Mapping) and set(inner) <= {"path", "revision"}:
+                revision = inner.get("revision")
+                made = str(inner.get("path", "")) + (f"@{revision}" if revision else "")
+                return made if lora is None else f"{made}+{self._reference(lora, at)}"
+            if isinstance(inner, str) and lora is not None:
+                return f"{inner}+{self._reference(lora, at)}"
+        self.problems.add(at, f"{given!r} is no model that is supported: give a path or a Hub id")
+        return ""
+
+
+def translate(documents: Sequence[Document]) -> Recipe:
+    """The recipe that these documents of one file make. Raises RecipeError with all that is
+    wrong."""
+    problems = Problems(documents[0])
+    names: list[str] = []
+    known: dict[str, str] = {}
+    for number, document in enumerate(documents, 1):
+        given = document.data if isinstance(document.data, Mapping) else {}
+        name = str(given.get("name") or ("merged" if len(documents) == 1 else f"merge-{number}"))
+        names.append(name)
+        known |= {str(given[key]): name for key in ("name", "out_path") if given.get(key)}
+    inputs: dict[str, str] = {}
+    notes: dict[str, None] = {}
+    steps: list[Step] = []
+    unnamed = []
+    for document, name in zip(documents, names, strict=True):
+        problems.document = document
+        if not isinstance(document.data, Mapping):
+            problems.add((), "a configuration is a table")
+            continue
+        one = _Translation(document, known, inputs, problems, notes)
+        _document(one, name)
+        steps += one.steps
+        if not document.data.get("name"):
+            unnamed.append(name)
+    in_order = ordered(steps, inputs, problems)
+    RecipeError.raise_if(problems)
+    data = [d.data for d in documents]
+    whole = Document(documents[0].path, data[0] if len(data) == 1 else data, documents[0].lines)
+    return Recipe(inputs, tuple(in_order), (unnamed or names)[-1], (), whole, tuple(notes))
+
+
+def _document(one: _Translation, name: str) -> None:
+    data, problems = one.document.data, one.problems
+    for key in data:
+        if key in REFUSED:
+            problems.add((key,), f"{key} isn't supported: {REFUSED[key]}")
+        elif key not in KEYS:
+            problems.add((key,), unknown("key", key, KEYS))
+    method = METHODS.get(data.get("merge_method", ""))
+    if method is None:
+        given = str(data.get("merge_method"))
+        problems.add(("merge_method",), unknown("merge method", given, METHODS))
+        return
+    if ("models" in data) == ("slices" in data):
+        problems.add((), "give either models or slices")
+        return
+    parameters = _parameters(one, data.get("parameters"), ("parameters",), method)
+    base = one.refer(data["base_model"], ("base_model",)) if data.get("base_model") else None
+    if "models" in data:
+        slices: list[_Slice] = [(_models(one, data["models"], base, method), {})]
+    else:
+        slices = _slices(one, data["slices"], method)
+    columns = _columns(one, slices, base, method)
+    if columns is None:
+        return
+    based, models = columns
+    cut = "slices" in data
+    settings = _settings(method, slices, models, parameters)
+    arguments = MergeArguments(
+        models=[
+            _column(one, name, at, column) if cut else column[0].model
+            for at, column in enumerate(models, 1)
+        ],
+        base=_column(one, name, 0, based) if cut and based else base if based or not cut else None,
+        method=method.name,
+        dtype=_dtype(one),
+        **_tokenizer(one),
+    )
+    if method.base == "none":
+        arguments.base = None
+    spans = tuple(stop - start for s, _ in slices for start, stop in [s[0].blocks or (0, 0)])
+    one.steps.append(
+        Step(name, "merge", arguments, (), settings=settings, spans=spans if cut else None)
+    )
+
+
+def _models(one: _Translation, given: Any, base: str | None, method: Method) -> list[_Source]:
+    """The sources of a merge of whole models. A base that isn't among them is one too where the
+    method treats all alike."""
+    at: Steps = ("models",)
+    if not isinstance(given, list) or not given:
+        one.problems.add(at, "this is a list of models")
+        return []
+    sources = [_source(one, item, (*at, number), method) for number, item in enumerate(given)]
+    if base is not None and method.base == "none" and base not in [s.model for s in sources]:
+        sources.append(_Source(base, ("base_model",), {}))
+    return sources
+
+
+def _source(
+    one: _Translation, item: Any, at: Steps, method: Method, extra: tuple[str, ...] = ()
+) -> _Source:
+    if not isinstance(item, Mapping) or "model" not in item:
+        one.problems.add(at, "give the model: - model: org/name")
+        return _Source("", at, {})
+    for key in item:
+        if key not in ("model", "parameters", *extra):
+            one.problems.add((*at, key), unknown("key", key, ["model", "parameters", *extra]))
+    model = one.refer(item["model"], (*at, "model"))
+    parameters = _parameters(one, item.get("parameters"), (*at, "parameters"), method)
+    blocks = None
+    if "layer_range" in extra:
+        given = item.get("layer_range")
+        ends = given if isinstance(given, list) else []
+        if [type(end) for end in ends] == [int, int] and 0 <= ends[0] < ends[1]:
+            blocks = (ends[0], ends[1])
+        else:
+            one.problems.add((*at, "layer_range"), f"{given!r} isn't [first, one past the last]")
+            blocks = (0, 1)
+    return _Source(model, at, parameters, blocks)
+
+
+def _slices(one: _Translation, given: Any, method: Method) -> list[_Slice]:
+    """For every slice its sources and its own parameters."""
+    if not isinstance(given, list) or not given:
+        one.problems.add(("slices",), "this is a list of slices, each with its sources")
+        return []
+    slices = []
+    for number, item in enumerate(given):
+        at: Steps = ("slices", number)
+        sources = item.get("sources") if isinstance(item, Mapping) else None
+        if not isinstance(sources, list) or not sources:
+            one.problems.add(at, "a slice has sources: - sources: [{model: ..., layer_range: ...}]")
+            continue
+        for key in item:
+            if key not in ("sources", "parameters"):
+                one.problems.add((*at, key), unknown("key", key, ["sources", "parameters"]))
+        found = [
+            _source(one, source, (*at, "sources", i), method, ("layer_range",))
+            for i, source in enumerate(sources)
+        ]
+        lengths = {stop - start for s in found for start, stop in [s.blocks or (0, 0)]}
+        if len(lengths) > 1:
+            one.problems.add(at, f"its sources have {sorted(lengths)} blocks, and need as many")
+        slices.append(
+            (found, _parameters(one, item.get("parameters"), (*at, "parameters"), method))
+        )
+    return slices
+
+
+def _columns(
+    one: _Translation,
+    slices: Sequence[tuple[Sequence[_Source], Any]],
+    base: str | None,
+    method: Method,
+) -> tuple[list[_Source], list[list[_Source]]] | None:
+    """What is merged with what: the base's sources, one for each slice, and those of each model."""
+    if not slices or not all(sources for sources, _ in slices):
+        return None
+    based: list[_Source] = []
+    rest: list[list[_Source]] = []
+    for number, (sources, _) in enumerate(slices):
+        own = [s for s in sources if s.model == base and method.base != "none"]
+        others = [s for s in sources if s not in own]
+        if sources[0].blocks is not None and base is not None and method.base != "none":
+            if len(own) != 1:
+                one.problems.add(
+                    ("slices", number), f"the base {base} has to be one of the slice's sources"
+                )
+                return None
+            based += own
+        rest.append(others)
+    counts = {len(others) for others in rest}
+    if len(counts) > 1:
+        one.problems.add(
+            ("slices",),
+            f"the slices have {sorted(counts)} models to merge, and every slice needs as many",
+        )
+        return None
+    if counts == {0}:
+        one.problems.add(("base_model",), "there is nothing to merge with the base")
+        return None
+    return based, [list(column) for column in zip(*rest, strict=True)]
+
+
+def _column(one: _Translation, name: str, at: int, column: Sequence[_Source]) -> str:
+    """The name of a step that puts the blocks of a column together."""
+    arguments = ComposeArguments(
+        blocks=[
+            Blocks(model=s.model, layers=f"{s.blocks[0]}-{s.blocks[1] - 1}")
+            for s in column
+            if s.blocks is not None
+        ]
+    )
+    step = Step(f"{name}:base" if at == 0 else f"{name}:{at}", "compose", arguments, column[0].at)
+    one.steps.append(step)
+    return step.name
+
+
+def _settings(
+    method: Method,
+    slices: Sequence[tuple[Sequence[_Source], Mapping[str, Setting]]],
+    models: Sequence[Sequence[_Source]],
+    everywhere: Mapping[str, Setting],
+) -> dict[str, Setting | tuple[Setting | None, ...]]:
+    """The parameters by mergekit's precedence: of a source, of its slice, of the whole."""
+    settings: dict[str, Setting | tuple[Setting | None, ...]] = {}
+    for parameter in method.parameters:
+        name = parameter.name
+        default = DEFAULTS.get(method.name, {}).get(name)
+        general = [everywhere[name]] if name in everywhere else []
+        general += [] if default is None else [Constant(default)]
+        by_model = []
+        for column in models:
+            spans = {
+                number: tuple(
+                    given[name]
+                    for given in (source.parameters, own)
+                    if name in given and (parameter.per_model or len(models) == 1 or given is own)
+                )
+                for number, (source, (_, own)) in enumerate(zip(column, slices, strict=True))
+            }
+            by_model.append(_layered(general, spans))
+        if parameter.per_model and any(one is not None for one in by_model):
+            settings[name] = tuple(by_model)
+        elif not parameter.per_model and by_model[0] is not None:
+            settings[name] = by_model[0]
+    return settings
+
+
+def _layered(
+    general: Sequence[Setting], spans: Mapping[int, tuple[Setting, ...]]
+) -> Setting | None:
+    if not any(spans.values()):
+        return (
+            None
+            if not general
+            else general[0]
+            if len(general) == 1
+            else Layered(tuple(general), {})
+        )
+    return Layered(tuple(general), spans)
+
+
+def _parameters(one: _Translation, given: Any, at: Steps, method: Method) -> dict[str, Setting]:
+    """The parameters in a `parameters:` table that this method has."""
+    if given is None:
+        return {}
+    if not isinstance(given, Mapping):
+        one.problems.add(at, "this is a table of parameters")
+        return {}
+    own = [parameter.name for parameter in method.parameters]
+    found = {}
+    for key, value in given.items():
+        if key in IRRELEVANT:
+            continue
+        if key in ONLY:
+            wanted, why = ONLY[key]
+            if value is not wanted:
+                one.problems.add((*at, key), f"{key}: {value!r} isn't supported: {why}")
+        elif key in own:
+            try:
+                found[key] = _setting(value)
+            except ValueError as error:
+                one.problems.add((*at, key), str(error))
+        elif key in PARAMETERS:
+            one.notes[
+                f"{method.name} has no parameter {key}, and leaves it out as mergekit does"
+            ] = None
+        else:
+            one.problems.add((*at, key), unknown(f"parameter of {method.name}", key, PARAMETERS))
+    return found
+
+
+def _setting(value: Any) -> Setting:
+    """A number, a gradient, or conditions by what a name contains."""
+    if isinstance(value, (bool, int, float)):
+        return Constant(value)
+    if isinstance(value, Mapping):
+        return Rules((_condition(value),))
+    if isinstance(value, list) and value:
+        if all(isinstance(item, Mapping) for item in value):
+            return Rules(tuple(_condition(item) for item in value))
+        if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in value):
+            return Gradient(tuple(map(float, value)))
+    raise ValueError(f"{value!r} is neither a number, nor a list of them, nor conditions")
+
+
+def _condition(given: Mapping[str, Any]) -> Rule:
+    for key in given:
+        if key not in ("filter", "value"):
+            raise ValueError(unknown("key", key, ["filter", "value"]))
+    if "value" not in given:
+        raise ValueError("a condition has a value")
+    wanted = given.get("filter")
+    return Rule(_setting(given["value"]), contains=None if wanted in (None, "*") else str(wanted))
+
+
+def _dtype(one: _Translation) -> Any:
+    """The type to write: arithmetic is in float32 whatever `dtype` says."""
+    for key in ("out_dtype", "dtype"):
+        value = one.document.data.get(key)
+        if value is not None:
+            if value not in DTYPES:
+                one.problems.add((key,), unknown("type", str(value), DTYPES))
+                return None
+            return value
+    return None
+
+
+def _tokenizer(one: _Translation) -> dict[str, Any]:
+    data = one.document.data
+    if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
+        one.problems.add(("tokenizer",), "give either tokenizer_source or tokenizer")
+    source, at, pad = data.get("tokenizer_source"), ("tokenizer_source",), None
+    given = data.get("tokenizer")
+    if isinstance(given, Mapping):
+        at = ("tokenizer",)
+        source, pad = given.get("source"), given.get("pad_to_multiple_of")
+        for key in given:
+            if key == "tokens":
+                one.problems.add(
+                    (*at, key), "tokens isn't supported: rows are matched by the token's string"
+                )
+            elif key not in ("source", "pad_to_multiple_of"):
+                one.problems.add((*at, key), unknown("key", key, ["source", "pad_to_multiple_of"]))
+        if pad is not None and not isinstance(pad, int):
+            one.problems.add((*at, "pad_to_multiple_of"), f"{pad!r} is no whole number")
+            pad = None
+    elif given is not None:
+        one.problems.add(("tokenizer",), "this is a table with a source")
+    if source is None:
+        return {"pad_to_multiple_of": pad}
+    if source not in ("base", "union"):
+        plain = source.removeprefix("model:") if isinstance(source, str) else source
+        source = one.refer(plain, at)
+    return {"tokenizer": source, "pad_to_multiple_of": pad}

@@ -1,0 +1,134 @@
+"""Run a recipe: build the chain, check what has to hold, write what is to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import ArgumentError, OutputError, VerificationError
+from surgery.recipe.chain import Model, Work, build, open_inputs
+from surgery.recipe.checks import Check, Proving, check, junit, requirements
+from surgery.recipe.schema import Recipe
+from surgery.verification import Relation, Verification, certify, find_relation
+from surgery.writing.plan import MAX_SHARD_BYTES, plan
+from surgery.writing.write import Written, check_space, prepare, write
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was checked, and what was written, by the name of the step."""
+
+    checks: tuple[Check, ...]
+    written: Mapping[str, Written]
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    verify: bool = True,
+    proving: Proving | None = None,
+    report: str | Path | None = None,
+    work: Work | None = None,
+    command: str | None = None,
+) -> Outcome:
+    """Do what `recipe` says, and write its output to `out`, all of it or nothing.
+
+    The chain is lazy: a step is written only if it has a `write` of its own. All inputs are
+    opened and all steps checked, from headers, before anything is read; then what has to hold is
+    checked, and only then is anything written. With `verify` steps that promise to keep the
+    function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
+    file for the results of the checks, in JUnit's format, written whether they hold or not.
+
+    Raises RecipeError or what the step that is wrong raises; VerificationError with every
+    check that doesn't hold; OutputError.
+    """
+    work = work or Work()
+    inputs = open_inputs(recipe)
+    targets = _targets(recipe, out)
+    planned = build(recipe, inputs, Work(measure=False))
+    for name, target in targets.items():
+        prepare(planned[name], target, overwrite=overwrite)
+        check_space(plan(planned[name], max_shard_bytes=max_shard_bytes), target)
+    models = build(recipe, inputs, work)
+    required = requirements(recipe, verify=verify)
+    checks = check(recipe, models, required, proving or Proving(), work)
+    if report is not None:
+        _write_report(Path(report), junit(recipe.document.path, checks))
+    VerificationError.raise_if(problem for one in checks for problem in one.problems)
+    proved = {tuple(r.pair): r for r, _ in required if r.same}
+    written = {}
+    for name, target in targets.items():
+        with work.progress(f"writing {name}", models[name].nbytes) as advance:
+            written[name] = write(
+                models[name],
+                target,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                threads=work.threads,
+                progress=advance,
+                check=_again(models, name, [pair[0] for pair in proved if pair[1] == name], work),
+                verification=_verification(checks),
+                recipe=recipe.data,
+                command=command,
+            )
+    return Outcome(tuple(checks), written)
+
+
+def _targets(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:
+    """Where what is written, the output last."""
+    targets = {s.name: Path(s.write).absolute() for s in recipe.steps if s.write is not None}
+    if out is not None:
+        targets.pop(recipe.output, None)
+        targets[recipe.output] = Path(out).absolute()
+    if recipe.output not in targets:
+        raise ArgumentError(
+            f"where is {recipe.output} to be written? Give -o OUT, or the step a `write: OUT`"
+        )
+    places = list(targets.items())
+    OutputError.raise_if(
+        f"{one} and {other} would be written to {a} and {b}, one in the other"
+        for at, (one, a) in enumerate(places)
+        for other, b in places[at + 1 :]
+        if a == b or a in b.parents or b in a.parents
+    )
+    return targets
+
+
+def _again(models: Mapping[str, Model], name: str, bases: Sequence[str], work: Work) -> Any:
+    """A look at what was staged, if it was proved to compute what another does."""
+    given = models[name]
+    if not bases or not isinstance(given, Checkpoint):
+        return None
+    pairs = [(m, find_relation(m, given)) for b in bases if isinstance(m := models[b], Checkpoint)]
+    return partial(_certify_staged, pairs=pairs, threads=work.threads)
+
+
+def _certify_staged(
+    staged: Checkpoint, *, pairs: Sequence[tuple[Checkpoint, Relation]], threads: int | None
+) -> None:
+    for base, relation in pairs:
+        Verification(certify(base, staged, relation, threads=threads), None).require()
+
+
+def _verification(checks: Sequence[Check]) -> dict[str, Any] | None:
+    if not checks:
+        return None
+    return {
+        "passed": True,
+        "summary": "; ".join(f"{one.name}: {one.verification.summary}" for one in checks),
+        "checks": [one.as_json() for one in checks],
+    }
+
+
+def _write_report(path: Path, content: bytes) -> None:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OutputError(f"the report can't be written to {path}: {error.strerror}") from error

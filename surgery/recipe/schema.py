@@ -1,0 +1,234 @@
+"""What a recipe may say: inputs, steps, and what has to hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from surgery.merging.parameters import unknown
+from surgery.recipe.document import Document, Steps
+from surgery.recipe.settings import Setting
+
+MEASURES = ("max_difference", "relative", "kl_mean", "kl_max", "top1")
+"""What thresholds can be put on: fields of surgery.verification.Logits."""
+
+
+class Arguments(BaseModel):
+    """The arguments of one step. `refers` names the fields that hold names of inputs or steps."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
+    refers: ClassVar[tuple[str, ...]] = ()
+
+    def references(self) -> Iterator[tuple[Steps, str]]:
+        """Every name that is referred to, and where in the arguments it stands."""
+        for name in self.refers:
+            value = getattr(self, name)
+            if isinstance(value, str):
+                yield (name,), value
+            elif isinstance(value, list):
+                yield from (((name, at), item) for at, item in enumerate(value))
+
+
+class Source(BaseModel):
+    """A model to merge, with parameters of its own."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    model: str
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        return dict(self.__pydantic_extra__ or {})
+
+
+class MergeArguments(Arguments):
+    """`merge`: every further key is a parameter of the method."""
+
+    model_config = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True)
+
+    models: list[str | Source] = Field(min_length=1)
+    base: str | None = None
+    method: str
+    lines: Literal["auto"] | list[float] | None = None
+    seed: int = 0
+    dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None
+    tokenizer: str | None = None
+    pad_to_multiple_of: int | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """The models, by name."""
+        return [item if isinstance(item, str) else item.model for item in self.models]
+
+    def references(self) -> Iterator[tuple[Steps, str]]:
+        if self.base is not None:
+            yield ("base",), self.base
+        yield from (
+            (("models", at) if isinstance(item, str) else ("models", at, "model"), name)
+            for at, (item, name) in enumerate(zip(self.models, self.names, strict=True))
+        )
+        if self.tokenizer not in (None, "base", "union"):
+            yield ("tokenizer",), self.tokenizer or ""
+
+    @model_validator(mode="after")
+    def _lines_are_two(self) -> MergeArguments:
+        if isinstance(self.lines, list) and len(self.lines) != 2:
+            raise ValueError("lines is auto, or alpha and beta: [0.3, 0.7]")
+        return self
+
+
+class LinesArguments(Arguments):
+    """`lines`: LiNeS on a fine-tune."""
+
+    refers = ("base", "tuned")
+
+    base: str
+    tuned: str
+    alpha: float
+    beta: float | None = None
+    outside: Literal["alpha", "depth"] = "alpha"
+
+
+class GrowArguments(Arguments):
+    """`grow`: wider MLPs, the same function."""
+
+    refers = ("model",)
+
+    model: str
+    factor: float | None = None
+    width: int | None = None
+    layers: str | int = "all"
+    multiple_of: int = 1
+    choose: Literal["first", "random", "norm"] = "first"
+    break_symmetry: float = 0.0
+    seed: int = 0
+    uniform: bool = False
+    verify: bool = True
+
+
+class ExpandArguments(Arguments):
+    """`expand`: more blocks, the same function."""
+
+    refers = ("model",)
+
+    model: str
+    copies: int | None = None
+    after: str | int | None = None
+    verify: bool = True
+
+
+class TaskVectorArguments(Arguments):
+    """`task_vector`: what fine-tuning did."""
+
+    refers = ("base", "tuned")
+
+    base: str
+    tuned: str
+    dtype: Literal["float32", "tuned"] = "float32"
+
+
+class ApplyArguments(Arguments):
+    """`apply`: add task vectors to a base."""
+
+    refers = ("base", "vectors")
+
+    base: str
+    vectors: list[str] = Field(min_length=1)
+    scale: float | list[float] = 1.0
+
+
+class Blocks(BaseModel):
+    """Blocks of one model, by number: "0-23", "-4--1", "all"."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+    model: str
+    layers: str | int = "all"
+
+
+class ComposeArguments(Arguments):
+    """`compose`: blocks of several models, one after another."""
+
+    blocks: list[Blocks] = Field(min_length=1)
+    before: str | None = None
+    after: str | None = None
+
+    def references(self) -> Iterator[tuple[Steps, str]]:
+        yield from ((("blocks", at, "model"), item.model) for at, item in enumerate(self.blocks))
+        for name in ("before", "after"):
+            if (value := getattr(self, name)) is not None:
+                yield (name,), value
+
+
+OPERATIONS: Mapping[str, type[Arguments]] = {
+    "merge": MergeArguments,
+    "lines": LinesArguments,
+    "grow": GrowArguments,
+    "expand": ExpandArguments,
+    "task_vector": TaskVectorArguments,
+    "apply": ApplyArguments,
+    "compose": ComposeArguments,
+}
+
+
+class Requirement(BaseModel):
+    """What has to hold: `same` names two models that compute the same, bit for bit in exact
+    arithmetic; `compare` two whose logits may differ, `at_most` and `at_least` by so much."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    same: list[str] | None = None
+    compare: list[str] | None = None
+    at_most: dict[str, float] = Field(default_factory=dict)
+    at_least: dict[str, float] = Field(default_factory=dict)
+
+    @property
+    def pair(self) -> list[str]:
+        """The two models: what is compared with, and what is compared."""
+        return self.same or self.compare or []
+
+    @model_validator(mode="after")
+    def _can_be_meant(self) -> Requirement:
+        if (self.same is None) == (self.compare is None) or len(self.pair) != 2:
+            raise ValueError("give either same or compare, with two names: same: [base, grown]")
+        if self.same is not None and (self.at_most or self.at_least):
+            raise ValueError("same has no thresholds: use compare")
+        if self.compare is not None and not (self.at_most or self.at_least):
+            raise ValueError(f"compare needs at_most or at_least, of {', '.join(MEASURES)}")
+        for name in (*self.at_most, *self.at_least):
+            if name not in MEASURES:
+                raise ValueError(unknown("measure", name, MEASURES))
+        return self
+
+
+@dataclass(frozen=True)
+class Step:
+    """A named step: what to do, and where to write what comes of it, if anywhere. `settings` are
+    a merge's parameters; `spans` are lengths of runs of blocks over which gradients run."""
+
+    name: str
+    operation: str
+    arguments: Arguments
+    at: Steps
+    write: str | None = None
+    settings: Mapping[str, Setting | tuple[Setting | None, ...]] = field(default_factory=dict)
+    spans: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Inputs by name, steps in an order in which they can be made, the step to write, and what
+    has to hold. `document` says on which line of which file things stand; `data` is the recipe
+    as it was read, for the record."""
+
+    inputs: Mapping[str, str]
+    steps: tuple[Step, ...]
+    output: str
+    requirements: tuple[tuple[Requirement, Steps], ...]
+    document: Document
+    notes: tuple[str, ...] = ()
+
+    @property
+    def data(self) -> Any:
+        return self.document.data

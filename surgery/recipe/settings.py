@@ -1,0 +1,155 @@
+"""A parameter that may differ from tensor to tensor: a number, a gradient over depth, or rules.
+
+0.5                                             everywhere
+[0, 0.5, 1]                                     interpolated over the depth of a stack
+{attention: 0.3, "*.mlp.*": [0, 1], default: 0.5}   by role or name; the first that fits
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from surgery.anatomy import Anatomy, Place, Role
+from surgery.merging.parameters import unknown
+
+Number = float | int | bool
+ROLES = tuple(role.value for role in Role if role is not Role.UNKNOWN)
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class Spot:
+    """Where a value is wanted: a tensor, its role, how deep it stands (0 to 1), and in which of
+    the spans of blocks that make up the stack."""
+
+    name: str
+    role: Role
+    depth: float
+    span: int = 0
+
+
+@dataclass(frozen=True)
+class Constant:
+    """The same everywhere."""
+
+    value: Number
+
+    def at(self, spot: Spot) -> Number | None:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """Straight lines between values that are evenly spread over the depth."""
+
+    values: tuple[float, ...]
+
+    def at(self, spot: Spot) -> Number | None:
+        scaled = spot.depth * (len(self.values) - 1)
+        at = min(int(scaled), len(self.values) - 1)
+        after = min(at + 1, len(self.values) - 1)
+        part = scaled - at
+        return (1 - part) * self.values[at] + part * self.values[after]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A setting for tensors of a `role`, or whose name fits a `pattern` or `contains` a text;
+    with none of the three, for all."""
+
+    setting: Setting
+    role: str | None = None
+    pattern: str | None = None
+    contains: str | None = None
+
+    def fits(self, spot: Spot) -> bool:
+        return (
+            (self.role is None or spot.role.value == self.role)
+            and (self.pattern is None or fnmatchcase(spot.name, self.pattern))
+            and (self.contains is None or self.contains in spot.name)
+        )
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The setting of the first rule that fits; nothing if none does."""
+
+    rules: tuple[Rule, ...]
+
+    def at(self, spot: Spot) -> Number | None:
+        return next((rule.setting.at(spot) for rule in self.rules if rule.fits(spot)), None)
+
+
+@dataclass(frozen=True)
+class Layered:
+    """Settings by precedence: the first that says something. Those of `spans` come before the
+    others, and hold in their span of blocks alone."""
+
+    settings: tuple[Setting, ...]
+    spans: Mapping[int, tuple[Setting, ...]]
+
+    def at(self, spot: Spot) -> Number | None:
+        found = (s.at(spot) for s in (*self.spans.get(spot.span, ()), *self.settings))
+        return next((value for value in found if value is not None), None)
+
+
+Setting = Constant | Gradient | Rules | Layered
+
+
+def parse_setting(value: Any) -> Setting:
+    """The setting that a recipe gives. Raises ValueError with what is wrong."""
+    if isinstance(value, (bool, int, float)):
+        return Constant(value)
+    if isinstance(value, list):
+        if not value or not all(_is_number(item) for item in value):
+            raise ValueError(f"{value!r} isn't a list of numbers, from the first block to the last")
+        return Gradient(tuple(map(float, value)))
+    if isinstance(value, Mapping):
+        if not value:
+            raise ValueError("there is no rule")
+        return Rules(tuple(_rule(str(key), item) for key, item in value.items()))
+    raise ValueError(
+        f"{value!r} is neither a number, nor a list of them over depth, nor rules by role or name"
+    )
+
+
+def _rule(key: str, value: Any) -> Rule:
+    if isinstance(value, Mapping):
+        raise ValueError(f"the rule for {key} has rules in it")  # noqa: TRY004
+    setting = parse_setting(value)
+    if key == DEFAULT:
+        return Rule(setting)
+    if key in ROLES:
+        return Rule(setting, role=key)
+    if any(mark in key for mark in "*?["):
+        return Rule(setting, pattern=key)
+    raise ValueError(unknown("role", key, [*ROLES, DEFAULT]) + "; a pattern of names has a * in it")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def spot_of(
+    name: str, place: Place | None, anatomy: Anatomy, spans: Sequence[int] | None = None
+) -> Spot:
+    """Where a tensor stands. Without blocks around it, what comes after them (the final norm, the
+    head) is as deep as the last, and all else as the first.
+
+    `spans` are lengths of runs of blocks; depth then counts inside each.
+    """
+    if place is None:
+        return Spot(name, Role.HEAD, 1.0)
+    if place.stack is None or place.block is None:
+        late = place.role in (Role.NORM, Role.HEAD)
+        return Spot(name, place.role, float(late), len(spans) - 1 if late and spans else 0)
+    start, at = 0, 0
+    length = anatomy.stacks[place.stack]
+    if spans is not None:
+        while place.block >= start + spans[at]:
+            start, at = start + spans[at], at + 1
+        length = spans[at]
+    return Spot(name, place.role, (place.block - start) / (length - 1) if length > 1 else 1.0, at)
