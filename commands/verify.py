@@ -31,8 +31,9 @@ def verify(
 ) -> None:
     """Prove that an edited model computes what its base does, or show how far two models drifted.
 
-    If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its logits have to
-    agree (exit code 6 otherwise). Of two other models the logits are compared and reported.
+    If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its
+    logits have to agree (exit code 6 otherwise). Of two other models the logits are compared and
+    reported.
     """
     import surgery
     from surgery.verification import find_relation

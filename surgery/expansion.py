@@ -29,17 +29,16 @@ class Expansion:
         added = set(self.new)
         return {old: at for at, old in enumerate(self.sources) if at not in added}
 
-    def tensors(self, base: Anatomy) -> dict[str, str | None]:
-        """For the name of every tensor inside the blocks the base's tensor that it equals, or
-        None for one that is zero: a projection of a new block that writes to the residual
-        stream."""
+    def tensors(self, base: Anatomy) -> dict[str, tuple[str, bool]]:
+        """For the name of every tensor inside the blocks its source in the base, and whether it
+        is zero instead: a projection of a new block that writes to the residual stream."""
         inside: list[dict[str, str]] = [{} for _ in range(base.stacks[self.stack])]
         for name, place in base.places.items():
             if place.stack == self.stack and place.block is not None:
                 inside[place.block][place.inner] = name
         added = set(self.new)
         return {
-            self.name(at, inner): None if at in added and writes_to_residual(inner) else name
+            self.name(at, inner): (name, at in added and writes_to_residual(inner))
             for at, old in enumerate(self.sources)
             for inner, name in inside[old].items()
         }
@@ -50,11 +49,11 @@ class Expansion:
 
     def as_json(self, base: Anatomy) -> dict[str, Any]:
         """Plain data for the record: the new blocks, their sources, and what is zero in them."""
-        zero: dict[int, list[str]] = {block: [] for block in self.new}
-        tensors = self.tensors(base)
-        for block in self.new:
-            start = self.name(block, "")
-            zero[block] = [n for n, old in tensors.items() if old is None and n.startswith(start)]
+        zeroed = [name for name, (_, is_zero) in self.tensors(base).items() if is_zero]
+        zero = {
+            block: [name for name in zeroed if name.startswith(self.name(block, ""))]
+            for block in self.new
+        }
         return {
             "stack": self.stack,
             "blocks": list(self.sources),

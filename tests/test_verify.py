@@ -41,7 +41,7 @@ from surgery import (
 )
 from surgery.tensor import LazyTensor
 from surgery.verification import compare_logits
-from surgery.verification.certificate import same_bits, two_sum
+from surgery.verification.checks import same_bits, two_sum
 from surgery.verification.discover import discover_growths
 
 LAYOUTS = ["llama", "gpt2", "phi3", "opt"]

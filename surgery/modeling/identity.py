@@ -97,7 +97,7 @@ class _Watched:
         self.zeroed = 0
         self._input: Any = None
         self._spoilers: list[str] = []
-        self._makers: list[tuple[str, Any]] = []
+        self._norms: list[tuple[str, Any]] = []
         for name, parameter in block.named_parameters():
             if writes_to_residual(name):
                 self.zeroed += parameter.numel()
@@ -105,20 +105,23 @@ class _Watched:
         block.register_forward_pre_hook(self._enter, with_kwargs=True)
         for name, module in block.named_modules():
             if name:
-                module.register_forward_hook(self._inner(name))
+                norm = "norm" in type(module).__name__.lower()
+                module.register_forward_hook(self._inner(name, norm))
         block.register_forward_hook(self._leave)
 
     def _enter(self, _: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._input = args[0] if args else kwargs["hidden_states"]
-        self._spoilers, self._makers = [], []
+        self._spoilers, self._norms = [], []
+        self.trace.forget(INPUT)  # that of an earlier block, which this one may be given too
         self.trace.set(self._input, INPUT)
 
-    def _inner(self, name: str) -> Callable[..., None]:
+    def _inner(self, name: str, norm: bool) -> Callable[..., None]:
         def after(_: Any, args: tuple[Any, ...], out: Any) -> None:
             made = out[0] if isinstance(out, (tuple, list)) and out else out
             if not args or not hasattr(made, "untyped_storage"):
                 return
-            self._makers.append((name, made))
+            if norm:
+                self._norms.append((name, made))
             of_zeros = hasattr(args[0], "untyped_storage") and self.trace.get(args[0]) == ZERO
             if of_zeros and self.trace.get(made) != ZERO:
                 self._spoilers.append(name)
@@ -130,7 +133,7 @@ class _Watched:
         self.why = None
         if self.trace.get(out) == INPUT and out.shape == self._input.shape:
             return
-        last = [name for name, made in self._makers if made is out]
+        last = [name for name, made in self._norms if made is out]
         if self._spoilers:
             self.why = f"{self._spoilers[0]} makes something else of zeros, as a bias does"
         elif last:
@@ -173,11 +176,17 @@ def _trace_class() -> Any:
             self.labels: dict[int, tuple[str | None, Any]] = {}
 
         def get(self, tensor: Any) -> str | None:
-            return self.labels.get(tensor.untyped_storage()._cdata, (None, None))[0]
+            label = self.labels.get(tensor.untyped_storage()._cdata, (None, None))[0]
+            if label == INPUT and not (tensor.is_contiguous() and _is_whole(tensor)):
+                return None  # a part of it, or its values in another order
+            return label
 
         def set(self, tensor: Any, label: str | None) -> None:
             storage = tensor.untyped_storage()  # kept, so that no other gets its address
             self.labels[storage._cdata] = label, storage
+
+        def forget(self, label: str) -> None:
+            self.labels = {at: held for at, held in self.labels.items() if held[0] != label}
 
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
             kwargs = kwargs or {}
@@ -197,11 +206,15 @@ def _trace_class() -> Any:
                 if tensor.untyped_storage()._cdata not in storages:
                     self.set(tensor, known)
                 elif func._schema.is_mutable and known != self.get(tensor):
-                    whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
-                    self.set(tensor, known if whole else None)
+                    self.set(tensor, known if _is_whole(tensor) else None)
             return out
 
     return Trace
+
+
+def _is_whole(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is all of its storage."""
+    return tensor.untyped_storage().nbytes() == tensor.numel() * tensor.itemsize
 
 
 def _label(

@@ -52,7 +52,7 @@ def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
     blocks = block_modules(model, stack)
     inside = {id(parameter) for parameter in blocks.parameters()}
     return Built(
-        tuple(_settings(block, len(blocks)) for block in blocks),
+        tuple(_settings(block) for block in blocks),
         {
             name: tuple(parameter.shape)
             for name, parameter in model.named_parameters()
@@ -89,19 +89,15 @@ def _plain_lists(values: Any) -> dict[str, Any]:
     }
 
 
-def _settings(block: Any, depth: int) -> Settings:
-    """The plain attributes of all modules in a block, but for lists of something for every block."""
+def _settings(block: Any) -> Settings:
+    """The plain attributes of all modules in a block, and the shapes of its parameters."""
     found: dict[str, Any] = {}
     for path, module in block.named_modules():
         dot = f"{path}." if path else ""
         found[f"{dot}class"] = type(module).__name__
         for key, value in vars(module).items():
-            if key.startswith("_") or key in _NUMBERING or not _is_plain(value):
-                continue
-            if not isinstance(value, (list, tuple)):
-                found[dot + key] = value
-            elif len(value) != depth:
-                found[dot + key] = list(value)
+            if not key.startswith("_") and key not in _NUMBERING and _is_plain(value):
+                found[dot + key] = list(value) if isinstance(value, tuple) else value
         for key, parameter in module.named_parameters(recurse=False):
             found[f"{dot}{key}.shape"] = list(parameter.shape)
     return found

@@ -18,7 +18,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
     """The config object that AutoConfig would make of `config.json`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    values = copy.deepcopy(dict(config))
+    values = _with_infinities(copy.deepcopy(dict(config)))
     for key in (*_REMOTE_KEYS, *_TUNING_KEYS):
         values.pop(key, None)
     model_type = values.get("model_type")
@@ -30,6 +30,15 @@ def build_config(config: Mapping[str, Any]) -> Any:
             f"model can't be built"
         )
     return CONFIG_MAPPING[model_type].from_dict(values)
+
+
+def _with_infinities(value: Any) -> Any:
+    """The floats that JSON hasn't got, which config.json holds as {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        if value.keys() == {"__float__"}:
+            return float(value["__float__"])
+        return {key: _with_infinities(item) for key, item in value.items()}
+    return [_with_infinities(item) for item in value] if isinstance(value, list) else value
 
 
 def model_class(config: Mapping[str, Any]) -> Any:
@@ -105,10 +114,13 @@ def block_modules(model: Any, stack: str) -> Any:
 
 
 def _renamed(model: Any, stack: str) -> str:
-    """The stack's name after the renamings that the loader used."""
+    """The stack's name after the renamings that the loader used, or would use."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
-    conversions = getattr(model, "_weight_conversions", None) or ()
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # a model without weights
+        conversions = get_model_conversion_mapping(model)
     used = [c for c in conversions if isinstance(c, WeightRenaming)]
     renamed: str = apply_renamings(f"{stack}.0.", used)
     return renamed.removesuffix(".0.")

@@ -13,7 +13,7 @@ from typing import Any
 
 from surgery.anatomy.infer import DEPTH_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, text_config
 from surgery.checkpoint import Checkpoint
-from surgery.errors import MismatchError, UnsupportedError
+from surgery.errors import UnsupportedError
 from surgery.modeling.widths import without_auto_map
 
 Block = tuple[Checkpoint, int]
@@ -50,7 +50,7 @@ def composed_config(
 ) -> dict[str, Any]:
     """The config of `before`, made right for these blocks; without the widths of MLPs.
 
-    Raises MismatchError or UnsupportedError with all that can't be expressed.
+    Raises UnsupportedError with all that can't be expressed.
     """
     config = _plain(before)
     if not config:
@@ -62,8 +62,7 @@ def composed_config(
     from surgery.modeling.layers import derived, known
 
     stock = known(config)
-    values = {id(m): derived(_plain(m)) if stock else text_config(m.config) for m in models}
-    MismatchError.raise_if(_model_wide(before, models, values))
+    values = {id(model): _values(model) for model in models}
     part = dict(text_config(config))
     depth_keys = [key for key in DEPTH_KEYS if type(part.get(key)) is int]
     part |= dict.fromkeys(depth_keys or DEPTH_KEYS[:1], len(blocks))
@@ -72,14 +71,30 @@ def composed_config(
     part |= {key: wanted[key] for key in part if key in wanted}
     if "attention_types" in part and "attention_layers" in wanted:
         part["attention_types"] = [[wanted["attention_layers"], 1]]
+    UnsupportedError.raise_if(_left_as_they_were(before, part, wanted, stack))
     if not stock:
         UnsupportedError.raise_if(_unknown_patterns(before, part, blocks))
         return _with_part(config, part)
+    UnsupportedError.raise_if(_fed_by_tower(before, config, blocks))
     now = derived(_with_part(config, part))
     part |= {key: value for key, value in wanted.items() if now.get(key) != value}
     made = _with_part(config, part)
     UnsupportedError.raise_if(_changed(before, made, blocks, stack))
     return made
+
+
+def unchecked(config: Mapping[str, Any]) -> list[str]:
+    """A note, where transformers doesn't know the model type."""
+    from surgery.modeling.layers import known
+
+    if not config or known(config):
+        return []
+    return [
+        (
+            f"transformers doesn't know the model type {config.get('model_type')!r}: whether a "
+            f"block is what it was, under another number, wasn't checked"
+        )
+    ]
 
 
 def _plain(model: Checkpoint) -> dict[str, Any]:
@@ -94,17 +109,24 @@ def _with_part(config: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any
     return {**config, "text_config": part} if nested else part
 
 
-def _model_wide(
-    before: Checkpoint, models: Sequence[Checkpoint], values: Mapping[int, Mapping[str, Any]]
-) -> list[str]:
-    """Settings of the whole model in which the sources differ."""
-    own = values[id(before)]
+def _values(model: Checkpoint) -> Mapping[str, Any]:
+    """The language model's config, completed by its class where transformers knows it."""
+    from surgery.modeling.layers import derived, known
+
+    config = _plain(model)
+    return derived(config) if known(config) else text_config(config)
+
+
+def unlike_settings(models: Sequence[Checkpoint]) -> list[str]:
+    """Settings of the whole model in which those differ whose blocks are to be in one."""
+    if len(models) == 1:
+        return []
+    own, *others = (_values(model) for model in models)
+    first = models[0].source.reference
     return [
-        f"{key} is {own.get(key)} in {before.source.reference} and {other.get(key)} in "
-        f"{model.source.reference}, and a model has one: if the blocks are to share it, set it "
-        f"alike in both config.json files"
-        for model in models
-        for other in [values[id(model)]]
+        f"{key} is {own.get(key)} in {first} and {other.get(key)} in {model.source.reference}, "
+        f"and a model has one: if the blocks are to share it, set it alike in both config.json"
+        for model, other in zip(models[1:], others, strict=True)
         for key in sorted(set(own) | set(other))
         if _MODEL_WIDE.search(key) and key not in (*BY_LAYER, *NUMBERS_OF_LAYERS)
         if own.get(key) != other.get(key)
@@ -173,6 +195,20 @@ def _whole(key: str, blocks: Sequence[Block], values: Mapping[int, Mapping[str, 
     return whole if len(whole) == len(found) else []
 
 
+def _left_as_they_were(
+    before: Checkpoint, part: Mapping[str, Any], wanted: Mapping[str, Any], stack: str
+) -> list[str]:
+    """Lists by layer of `before` that not all sources have."""
+    depth = before.anatomy.stacks[stack]
+    return [
+        f"{before.source.reference} has {key}, with something for every layer, and the source of "
+        f"another block hasn't: give it to both config.json files"
+        for key in (*BY_LAYER, *NUMBERS_OF_LAYERS)
+        if isinstance(value := part.get(key), (list, str)) and key not in wanted
+        if key in NUMBERS_OF_LAYERS or len(value) == depth
+    ]
+
+
 def _unknown_patterns(
     before: Checkpoint, part: Mapping[str, Any], blocks: Sequence[Block]
 ) -> list[str]:
@@ -188,6 +224,24 @@ def _unknown_patterns(
     ]
 
 
+def _fed_by_tower(
+    before: Checkpoint, config: Mapping[str, Any], blocks: Sequence[Block]
+) -> list[str]:
+    """Models whose vision tower feeds the first layers, one after the other (deepstack)."""
+    tower = config.get("vision_config")
+    problems = []
+    for key, value in tower.items() if isinstance(tower, Mapping) else ():
+        fed = len(value) if "deepstack" in key and isinstance(value, list) else 0
+        if [(id(model), at) for model, at in blocks[:fed]] != [
+            (id(before), at) for at in range(fed)
+        ]:
+            problems.append(
+                f"{before.source.reference}: the vision tower feeds the first {fed} layers ({key} "
+                f"has {fed}), so these have to stay its own, in their places"
+            )
+    return problems
+
+
 def _changed(
     before: Checkpoint, config: Mapping[str, Any], blocks: Sequence[Block], stack: str
 ) -> list[str]:
@@ -201,7 +255,8 @@ def _changed(
         if id(model) not in sources:
             sources[id(model)] = built_blocks(_alike_in_width(_plain(model), config), stack)
         old, now = sources[id(model)].blocks[at], made.blocks[new]
-        off = [key for key in {**old, **now} if old.get(key) != now.get(key)]
+        depths = len(sources[id(model)].blocks), len(made.blocks)
+        off = [key for key in {**old, **now} if _differ(old.get(key), now.get(key), depths)]
         if off:
             key = min(off, key=lambda key: (key.count("."), key))
             problems.setdefault(
@@ -218,6 +273,14 @@ def _changed(
         if made.outside.get(name) != shape
     ]
     return [*problems.values(), *outside]
+
+
+def _differ(old: Any, now: Any, depths: tuple[int, int]) -> bool:
+    """Whether a setting changed. A list of something for every layer, which some modules keep
+    whole, is no setting of one block."""
+    if isinstance(old, list) and isinstance(now, list) and (len(old), len(now)) == depths:
+        return False
+    return bool(old != now)
 
 
 def _alike_in_width(config: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:

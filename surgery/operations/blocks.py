@@ -15,13 +15,22 @@ from surgery.anatomy.infer import WIDTHS_KEY, text_config
 from surgery.checkpoint import Checkpoint, Edit, joint_history
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
 from surgery.modeling.widths import MODELING_FILE
-from surgery.operations.block_config import Block, composed_config, depth_in_config
+from surgery.operations.block_config import (
+    Block,
+    composed_config,
+    depth_in_config,
+    unchecked,
+    unlike_settings,
+)
 from surgery.operations.pairs import check_unquantized
-from surgery.operations.tying import separate_head, with_tying
+from surgery.operations.tying import separate_head, unlike_vocabularies, with_tying
 from surgery.operations.widths import settle_widths, stock_widths
 from surgery.tensor import LazyTensor
 
-_TOWER = re.compile(r"(^|[._])(vision|visual|vit|image|audio|speech|clip|siglip)", re.IGNORECASE)
+_TOWER = re.compile(
+    r"(^|[._])(vision|visual|vit|image|audio|speech|clip|siglip|multi_modal|mm_|connector)",
+    re.IGNORECASE,
+)
 
 
 def compose(
@@ -56,7 +65,7 @@ def compose(
             "after": label[id(after)],
         },
     )
-    return replace(made, history=(*joint_history(before, *models), edit))
+    return replace(made, history=(*joint_history(*models), edit))
 
 
 def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> Checkpoint:
@@ -65,8 +74,18 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
     check_unquantized(**{f"model {at}": model for at, model in enumerate(models, 1)})
     stack = _shared_stack(models)
     names = {id(model): names_by_block(model, stack) for model in models}
-    _check_blocks(blocks, before, stack, names)
-    early, late = _outside(before, after, stack)
+    _check_there(blocks, stack)
+    MismatchError.raise_if(
+        [
+            *_unlike(blocks, before, stack, names),
+            *_unlike_outside(before, after, stack),
+            *unlike_vocabularies(before, after),
+            *unlike_settings(models),
+        ]
+    )
+    _check_sides(before, after)
+    early = _on_one_side(before, stack, late=False)
+    late = _on_one_side(after, stack, late=True)
     untied = before is not after and separate_head(before, after, late)
     config = composed_config(before, after, blocks, stack)
     if untied and config:
@@ -77,7 +96,9 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
         for inner, name in names[id(model)][at].items()
     }
     tensors = _in_order(before, {**early, **late}, inside, stack)
-    draft = replace(before, tensors=tensors, config=config)
+    notes = dict.fromkeys(note for model in models for note in model.notes)
+    notes |= dict.fromkeys(unchecked(config))
+    draft = replace(before, tensors=tensors, config=config, notes=tuple(notes))
     return _with_widths(draft, models, stack)
 
 
@@ -144,28 +165,34 @@ def _shared_stack(models: Sequence[Checkpoint]) -> str:
     return stacks[0]
 
 
-def _check_blocks(
+def _check_there(blocks: Sequence[Block], stack: str) -> None:
+    ArgumentError.raise_if(
+        f"{model.source.reference} has no block {at}: its {model.anatomy.stacks[stack]} blocks "
+        f"are 0 to {model.anatomy.stacks[stack] - 1}"
+        for model, at in _each_once(blocks)
+        if not 0 <= at < model.anatomy.stacks[stack]
+    )
+
+
+def _each_once(blocks: Sequence[Block]) -> list[Block]:
+    return list({(id(model), at): (model, at) for model, at in blocks}.values())
+
+
+def _unlike(
     blocks: Sequence[Block],
     before: Checkpoint,
     stack: str,
     names: Mapping[int, list[dict[str, str]]],
-) -> None:
-    """Blocks that are there, and whose tensors are like those of some block of `before`. The
+) -> list[str]:
+    """Where blocks are like none of `before`, in the names and shapes of their tensors. The
     width of an MLP may differ."""
-    chosen = list({(id(model), at): (model, at) for model, at in blocks}.values())
-    ArgumentError.raise_if(
-        f"{model.source.reference} has no block {at}: its {model.anatomy.stacks[stack]} blocks "
-        f"are 0 to {model.anatomy.stacks[stack] - 1}"
-        for model, at in chosen
-        if not 0 <= at < model.anatomy.stacks[stack]
-    )
     own = names[id(before)]
     like: dict[str, set[tuple[Any, ...]]] = {}
     for block in own:
         for inner, name in block.items():
             like.setdefault(inner, set()).add(_form(before[name]))
     problems = []
-    for model, at in chosen:
+    for model, at in _each_once(blocks):
         if model is before:
             continue
         block = names[id(model)][at]
@@ -184,7 +211,7 @@ def _check_blocks(
             for inner, name in block.items()
             if inner in like and name not in widening and _form(model[name]) not in like[inner]
         ]
-    MismatchError.raise_if(problems)
+    return problems
 
 
 def _form(tensor: LazyTensor) -> tuple[Any, ...]:
@@ -196,41 +223,36 @@ def _said(form: tuple[Any, ...]) -> str:
     return f"{form[0]} {list(form[1])}"
 
 
-def _outside(
-    before: Checkpoint, after: Checkpoint, stack: str
-) -> tuple[dict[str, LazyTensor], dict[str, LazyTensor]]:
-    """The tensors before the blocks and those behind them."""
-    early = _on_one_side(before, stack, late=False)
-    late = _on_one_side(after, stack, late=True)
-    if before is after:
-        return early, late
-    UnsupportedError.raise_if(
-        f"{name} of {model.source.reference} is outside the blocks, and whether before or behind "
-        f"them can't be told: take `before` and `after` from one checkpoint"
-        for model in (before, after)
-        for name, place in model.anatomy.places.items()
-        if place.stack is None and place.role is Role.UNKNOWN and not _TOWER.search(name)
-    )
-    replaced = _on_one_side(before, stack, late=True)
+def _check_sides(before: Checkpoint, after: Checkpoint) -> None:
+    """Raise UnsupportedError for tensors outside the blocks on which side of them can't be told,
+    where it matters."""
+    if before is not after:
+        UnsupportedError.raise_if(
+            f"{name} of {model.source.reference} is outside the blocks, and whether before or "
+            f"behind them can't be told: take `before` and `after` from one checkpoint"
+            for model in (before, after)
+            for name, place in model.anatomy.places.items()
+            if place.stack is None and place.role is Role.UNKNOWN and not _TOWER.search(name)
+        )
+
+
+def _unlike_outside(before: Checkpoint, after: Checkpoint, stack: str) -> list[str]:
+    """Where what stands behind the blocks of `after` isn't like what it takes the place of.
+    Heads are looked at by `unlike_vocabularies`."""
+    own, other = (_on_one_side(model, stack, late=True) for model in (before, after))
     heads = {before.anatomy.head, after.anatomy.head}
-    MismatchError.raise_if(
-        [
-            f"{name} is in {has.source.reference} and not in {lacks.source.reference}"
-            for has, lacks, here, there in (
-                (before, after, replaced, late),
-                (after, before, late, replaced),
-            )
-            for name in here
-            if name not in there and name not in heads
-        ]
-        + [
-            f"{name} is {_said(_form(late[name]))} in {after.source.reference} and "
-            f"{_said(_form(tensor))} in {before.source.reference}"
-            for name, tensor in replaced.items()
-            if name in late and _form(tensor) != _form(late[name])
-        ]
-    )
-    return early, late
+    pairs = ((before, after, own, other), (after, before, other, own))
+    return [
+        f"{name} is in {has.source.reference} and not in {lacks.source.reference}"
+        for has, lacks, here, there in pairs
+        for name in here
+        if name not in there and name not in heads
+    ] + [
+        f"{name} is {_said(_form(other[name]))} in {after.source.reference} and "
+        f"{_said(_form(tensor))} in {before.source.reference}"
+        for name, tensor in own.items()
+        if name in other and name not in heads and _form(tensor) != _form(other[name])
+    ]
 
 
 def _on_one_side(model: Checkpoint, stack: str, *, late: bool) -> dict[str, LazyTensor]:

@@ -39,8 +39,8 @@ def expand(base: Checkpoint, *, copies: int | None = None, after: str | None = N
     made = assemble([(base, old) for old in expansion.sources], base, base)
     zeroed = {
         name: zeros(made[name].shape, made[name].dtype)
-        for name, old in expansion.tensors(base.anatomy).items()
-        if old is None
+        for name, (_, is_zero) in expansion.tensors(base.anatomy).items()
+        if is_zero
     }
     edit = Edit(
         "expand",

@@ -6,27 +6,34 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import MismatchError, UnsupportedError
+from surgery.errors import UnsupportedError
 from surgery.tensor import LazyTensor
+
+
+def unlike_vocabularies(before: Checkpoint, after: Checkpoint) -> list[str]:
+    """What is wrong with the embedding of the one and the head of the other in one model."""
+    own, other = before.anatomy.embedding, after.anatomy.embedding
+    if own is None or other is None or before[own].shape == after[other].shape:
+        return []
+    return [
+        (
+            f"{own} is {list(before[own].shape)} in {before.source.reference}, and {other} is "
+            f"{list(after[other].shape)} in {after.source.reference}: the vocabularies differ; "
+            f"resize the embeddings of one to match the other"
+        )
+    ]
 
 
 def separate_head(before: Checkpoint, after: Checkpoint, late: dict[str, LazyTensor]) -> bool:
     """Whether the embedding of `before` and the head of `after` are two matrices. A head that
     `after` ties to its own embedding is put into `late`.
 
-    Raises MismatchError where the vocabularies differ, and UnsupportedError where it can't be
-    told what the head would be called.
+    Raises UnsupportedError where it can't be told what the head would be called.
     """
     embedding, other = before.anatomy.embedding, after.anatomy.embedding
     head = after.anatomy.head
     if embedding is None or other is None or (head is None and not after.anatomy.tied):
         return False
-    if before[embedding].shape != after[other].shape:
-        raise MismatchError(
-            f"{embedding} is {list(before[embedding].shape)} in {before.source.reference}, and "
-            f"{other} is {list(after[other].shape)} in {after.source.reference}: the vocabularies "
-            f"differ; resize the embeddings of one to match the other"
-        )
     if not after.anatomy.tied:
         return True
     if before[embedding] is after[other] or before[embedding].leaf == after[other].leaf is not None:

@@ -19,8 +19,8 @@ from surgery.verification.logits import NOISE_MULTIPLE, Logits, VerifyDtype, com
 
 @dataclass(frozen=True)
 class Verification:
-    """What was found. A growth or an expansion must have both proofs; of two other models the logits are only
-    reported, and `certificate` is None. `logits` is None if they weren't asked for."""
+    """What was found. A growth or an expansion must have both proofs; of two other models the
+    logits are only reported, and `certificate` is None. `logits` is None if they weren't asked for."""
 
     certificate: Certificate | None
     logits: Logits | None
@@ -97,8 +97,8 @@ def verify(
     logits.
 
     Whether it was is taken from the edit that made `other`, from the record beside it, or else
-    (a growth) found out from the weights themselves. The certificate comes first: where it fails, the
-    logits are still compared, to say which layer departs first.
+    (a growth) found out from the weights themselves. The certificate comes first: where it fails,
+    the logits are still compared, to say which layer departs first.
     """
     relation = find_relation(base, other)
     certificate = None
