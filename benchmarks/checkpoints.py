@@ -84,16 +84,17 @@ SHAPES = {
 }
 
 
-def make_pair(folder: Path, parameters: str) -> tuple[Path, Path]:
-    """The base and the tuned checkpoint in `folder`, made unless they are there."""
-    base, tuned = folder / f"{parameters}-base", folder / f"{parameters}-tuned"
-    for path in (base, tuned):
+def make_models(folder: Path, parameters: str, tuned: int = 1) -> list[Path]:
+    """The base and so many fine-tunes of it in `folder`, made unless they are there."""
+    names = ["base", *("tuned" + ("" if n == 1 else str(n)) for n in range(1, tuned + 1))]
+    paths = [folder / f"{parameters}-{name}" for name in names]
+    for number, path in enumerate(paths):
         if not (path / "config.json").exists():  # which is written last
-            _make(path, SHAPES[parameters], tuned=path == tuned)
-    return base, tuned
+            _make(path, SHAPES[parameters], number)
+    return paths
 
 
-def _make(folder: Path, shape: Shape, *, tuned: bool) -> None:
+def _make(folder: Path, shape: Shape, tuned: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     shapes = dict(shape.tensors())
     total = sum(map(prod, shapes.values()))
@@ -121,14 +122,17 @@ def _make(folder: Path, shape: Shape, *, tuned: bool) -> None:
     (folder / "config.json").write_text(json.dumps(shape.config(), indent=2))
 
 
-def _weights(name: str, shape: tuple[int, ...], tuned: bool) -> torch.Tensor:
-    """Seeded by the name. Norm weights are spread around 1."""
+def _weights(name: str, shape: tuple[int, ...], tuned: int) -> torch.Tensor:
+    """Seeded by the name. Norm weights are spread around 1. Fine-tune 1, 2, ... has an update of
+    its own; 0 is the base."""
     generator = torch.Generator().manual_seed(crc32(name.encode()))
     weights = torch.randn(shape, generator=generator).mul_(SPREAD)
     if len(shape) == 1:
         weights.add_(1)
     weights = weights.to(torch.bfloat16)
     if tuned:
+        if tuned > 1:
+            generator.manual_seed(crc32(f"{tuned}:{name}".encode()))
         weights += torch.randn(shape, generator=generator).mul_(UPDATE)
     return weights
 
@@ -138,7 +142,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--parameters", choices=SHAPES, default="1.1B")
     given = parser.parse_args()
-    for path in make_pair(given.folder, given.parameters):
+    for path in make_models(given.folder, given.parameters):
         print(path)
 
 

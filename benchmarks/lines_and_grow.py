@@ -19,7 +19,7 @@ import tempfile
 from datetime import datetime, timezone
 from pathlib import Path
 
-from checkpoints import SHAPES, make_pair
+from checkpoints import SHAPES, make_models
 from measure import Case, compare, machine, table
 
 
@@ -59,7 +59,7 @@ def main() -> None:
     surgery = shlex.split(given.surgery) if given.surgery else [str(installed)]
     work = given.work or Path(tempfile.mkdtemp(prefix="surgery-benchmark-"))
     try:
-        base, tuned = make_pair(work, given.parameters)
+        base, tuned = make_models(work, given.parameters)
         measured = cases(surgery, base, tuned, work)
         compare(measured, given.repeat)
         where = machine(work)

@@ -71,13 +71,15 @@ class Case:
         }
 
 
-def compare(cases: Iterable[Case], repeat: int) -> None:
+def compare(cases: Iterable[Case], repeat: int, *, warm_up: bool = True) -> None:
     """Run each case `repeat` times, each time followed by its floor, after a warm-up that also
-    gives the floor a directory of the output's size to copy. One case after the other, so that
+    gives the floor a directory of the output's size to copy (a case without inputs has no floor,
+    and may go without the warm-up). One case after the other, so that
     the file cache has to hold what one case needs and no more."""
     for case in cases:
         _remove(case.output)
-        run(case.command)
+        if warm_up:
+            run(case.command)
         model = None
         if case.inputs and case.output is not None:
             model = _aside(case.output)

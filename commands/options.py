@@ -67,6 +67,10 @@ Threads = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
 ]
+Report = Annotated[
+    Path | None,
+    typer.Option("--report", help="Write what was verified to this file, as JUnit's XML."),
+]
 Logits = Annotated[
     bool,
     typer.Option("--logits/--no-logits", help="Compare logits too, or rely on the weights alone."),

@@ -15,6 +15,7 @@ from .options import (
     Logits,
     MaxShardSize,
     Overwrite,
+    Report,
     Threads,
     Verify,
     VerifyDtype,
@@ -40,9 +41,7 @@ def run(
             "--set", metavar="NAME=VALUE", help="Change the recipe: inputs.base=./m; repeatable."
         ),
     ] = None,
-    report: Annotated[
-        Path | None, typer.Option(help="Write what was verified to this file, as JUnit's XML.")
-    ] = None,
+    report: Report = None,
     verify: Verify = True,
     logits: Logits = True,
     device: DeviceOption = Device.auto,

@@ -12,6 +12,7 @@ from .options import (
     Device,
     DeviceOption,
     Logits,
+    Report,
     Threads,
     VerifyDtype,
     VerifyDtypeOption,
@@ -26,6 +27,7 @@ def verify(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    report: Report = None,
     json: AsJson = False,
     threads: Threads = None,
 ) -> None:
@@ -48,6 +50,14 @@ def verify(
         dtype=verify_dtype.value,
         threads=threads,
     )
+    if report is not None:
+        from surgery.verification.report import Case, write_report
+
+        what = "drift from" if verification.passed is None else "computes what is in"
+        name = f"{other}: {what} {base}"
+        write_report(
+            report, "surgery verify", [Case(name, verification.summary, verification.problems)]
+        )
     if json:
         print_json(verification.as_json())
     else:

@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from surgery.commands.main import app
 from typer.testing import CliRunner
 
 from surgery import open_checkpoint
-from surgery.commands.main import app
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 DEPTH = 24

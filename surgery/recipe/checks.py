@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from xml.etree import ElementTree
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import ArgumentError, VerificationError
+from surgery.errors import ArgumentError
 from surgery.recipe.chain import Model, Work
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import ExpandArguments, GrowArguments, Recipe, Requirement
@@ -124,11 +123,7 @@ def _check(
 
 def _problems(requirement: Requirement, verification: Verification) -> list[str]:
     if requirement.same:
-        try:
-            verification.require()
-        except VerificationError as error:
-            return list(error.problems)
-        return []
+        return list(verification.problems)
     problems = []
     for bounds, word in ((requirement.at_most, "at most"), (requirement.at_least, "at least")):
         for name, bound in bounds.items():
@@ -138,30 +133,3 @@ def _problems(requirement: Requirement, verification: Verification) -> list[str]
             elif not (found <= bound if word == "at most" else found >= bound):
                 problems.append(f"{name} is {found:.4g}, and has to be {word} {bound:g}")
     return problems
-
-
-def junit(name: str, checks: Sequence[Check]) -> bytes:
-    """The checks as a JUnit report, which pipelines show beside the tests."""
-    failed = sum(1 for check in checks if check.problems)
-    counts = {"tests": str(len(checks)), "failures": str(failed), "errors": "0"}
-    root = ElementTree.Element("testsuites", counts)
-    suite = ElementTree.SubElement(root, "testsuite", {"name": _printable(name), **counts})
-    for one in checks:
-        case = ElementTree.SubElement(
-            suite, "testcase", {"classname": "surgery", "name": _printable(one.name)}
-        )
-        if one.problems:
-            text = _printable("\n".join(one.problems))
-            failure = ElementTree.SubElement(
-                case, "failure", {"message": text.splitlines()[0], "type": "VerificationError"}
-            )
-            failure.text = text
-        ElementTree.SubElement(case, "system-out").text = _printable(one.verification.summary)
-    ElementTree.indent(root)
-    xml: bytes = ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
-    return xml + b"\n"
-
-
-def _printable(text: str) -> str:
-    """What XML can hold: it has no way to write most control characters."""
-    return "".join(c if c.isprintable() or c == "\n" else "\ufffd" for c in text)

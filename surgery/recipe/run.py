@@ -11,9 +11,10 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
 from surgery.recipe.chain import Model, Work, build, open_inputs
-from surgery.recipe.checks import Check, Proving, check, junit, requirements
+from surgery.recipe.checks import Check, Proving, check, requirements
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
+from surgery.verification.report import Case, write_report
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
 from surgery.writing.write import Written, check_space, prepare, write
 
@@ -60,7 +61,8 @@ def run_recipe(
     required = requirements(recipe, verify=verify)
     checks = check(recipe, models, required, proving or Proving(), work)
     if report is not None:
-        _write_report(Path(report), junit(recipe.document.path, checks))
+        cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
+        write_report(Path(report), recipe.document.path, cases)
     VerificationError.raise_if(problem for one in checks for problem in one.problems)
     proved = {tuple(r.pair): r for r, _ in required if r.same}
     written = {}
@@ -125,10 +127,3 @@ def _verification(checks: Sequence[Check]) -> dict[str, Any] | None:
         "summary": "; ".join(f"{one.name}: {one.verification.summary}" for one in checks),
         "checks": [one.as_json() for one in checks],
     }
-
-
-def _write_report(path: Path, content: bytes) -> None:
-    try:
-        path.write_bytes(content)
-    except OSError as error:
-        raise OutputError(f"the report can't be written to {path}: {error.strerror}") from error

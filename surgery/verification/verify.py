@@ -68,19 +68,27 @@ class Verification:
             "logits": logits,
         }
 
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """All that doesn't hold, a sentence for each; nothing where nothing has to."""
+        if self.passed is not False:
+            return ()
+        found = self.certificate.failures if self.certificate is not None else ()
+        if self.logits is None or self.logits.same:
+            return found
+        where = self.logits.first_departure or "no single block; the output"
+        return (
+            *found,
+            (
+                f"logits differ by {self.logits.max_difference:.3g}, and rounding explains "
+                f"{self.logits.threshold or 0:.3g} ({NOISE_MULTIPLE:g} noise floors); the first to "
+                f"depart is {where}"
+            ),
+        )
+
     def require(self) -> None:
         """Raise VerificationError, with all that doesn't hold, unless it passed."""
-        if self.passed is not False:
-            return
-        problems = list(self.certificate.failures) if self.certificate is not None else []
-        if self.logits is not None and not self.logits.same:
-            where = self.logits.first_departure or "no single block; the output"
-            problems.append(
-                f"logits differ by {self.logits.max_difference:.3g}, and rounding explains "
-                f"{self.logits.threshold:.3g} ({NOISE_MULTIPLE:g} noise floors); the first to "
-                f"depart is {where}"
-            )
-        raise VerificationError(*problems)
+        VerificationError.raise_if(self.problems)
 
 
 def verify(
@@ -119,7 +127,7 @@ def find_relation(base: Checkpoint, other: Checkpoint) -> Relation:
 
 def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
     """How `other` was expanded from `base`, by the edit that made it or the record beside it."""
-    for details in (_in_history(other, "expand"), _in_record(other, "expand")):
+    for details in (_in_history(base, other, "expand"), _in_record(base, other, "expand")):
         if details:
             try:
                 return expansion_of(details, base.anatomy)
@@ -130,7 +138,7 @@ def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
 
 def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
     """How `other` was grown from `base`; nothing if it wasn't."""
-    for details in (_in_history(other, "grow"), _in_record(other, "grow")):
+    for details in (_in_history(base, other, "grow"), _in_record(base, other, "grow")):
         if details:
             try:
                 return growths_of(details["mlps"], base.anatomy.mlps)
@@ -148,18 +156,39 @@ def block_places(relation: Relation) -> Mapping[str, str]:
     }
 
 
-def _in_history(checkpoint: Checkpoint, operation: str) -> Mapping[str, Any]:
-    """The details of the last edit, if it was such an operation."""
-    last = checkpoint.history[-1:]
-    return last[0].details if last and last[0].operation == operation else {}
+def _in_history(base: Checkpoint, other: Checkpoint, operation: str) -> Mapping[str, Any]:
+    """The details of the last edit, if it was such an operation, and on the base."""
+    *earlier, last = other.history or (None,)
+    if last is None or last.operation != operation or tuple(earlier) != base.history:
+        return {}
+    return last.details
 
 
-def _in_record(checkpoint: Checkpoint, operation: str) -> Mapping[str, Any]:
+def _in_record(base: Checkpoint, other: Checkpoint, operation: str) -> Mapping[str, Any]:
+    """The same from the record beside the files, of a checkpoint as it was opened."""
+    if other.history:
+        return {}
+    *earlier, last = _recorded(other) or ({},)
+    if last.get("operation") != operation:
+        return {}
+    if earlier and _told(earlier) != _told(_recorded(base)):
+        return {}  # a recipe merged before it grew, say: what it grew isn't this base
+    details = last.get("details")
+    return details if isinstance(details, Mapping) else {}
+
+
+def _recorded(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
+    """The edits in the record; nothing where there is none, or it isn't ours."""
     path = checkpoint.source.path / RECORD
     if checkpoint.history or not path.is_file():
-        return {}
+        return []
     try:
-        edit = json.loads(path.read_text(encoding="utf-8"))["edits"][-1]
-        return dict(edit["details"]) if edit["operation"] == operation else {}
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return {}  # a record that isn't ours tells nothing; the weights do
+        edits = json.loads(path.read_text(encoding="utf-8"))["edits"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [edit for edit in edits if isinstance(edit, Mapping)] if isinstance(edits, list) else []
+
+
+def _told(edits: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """What edits of a chain are known by."""
+    return [[edit.get("operation"), edit.get("parameters")] for edit in edits]
