@@ -6,7 +6,7 @@ what isn't merged, and LiNeS on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,6 +19,7 @@ from surgery.merging.mergeable import Lines, check_arguments, check_together
 from surgery.merging.methods import Method, find_method, joint_problems
 from surgery.merging.parameters import resolve
 from surgery.operations.lines import depth_scale, scale_of
+from surgery.operations.vocabulary import Tokenizer, align_vocabulary, check_same_tokens
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
 
@@ -33,6 +34,8 @@ def merge(
     seed: int = 0,
     lines: Lines = None,
     per_tensor: PerTensor | None = None,
+    tokenizer: Tokenizer | None = None,
+    pad_to_multiple_of: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     **parameters: Any,
@@ -46,14 +49,27 @@ def merge(
     (N ||tau_merged||_1), for which every input is read here, by `threads`, and the method's
     `lambda` as beta.
 
+    Models whose vocabularies differ are refused unless `tokenizer` says whose is wanted: "base",
+    "union", or a checkpoint; rows are then matched by token (see `align_vocabulary`), and
+    `pad_to_multiple_of` rounds their number up.
+
     Integers and buffers stay as they are. Dtypes, config and companion files are those of the
     base, or of the first model if the method takes none. Raises ArgumentError, MismatchError or
-    UnsupportedError, with all that is wrong.
+    UnsupportedError, with all that is wrong, and with `tokenizer` also what `align_vocabulary`
+    raises of tokenizers that can't be read.
     """
     chosen = find_method(method)
     given = {name.rstrip("_"): value for name, value in parameters.items()}
     values = check_arguments(chosen, models, base, given, lines)
-    check_together(models, base)
+    if tokenizer is None:
+        ArgumentError.raise_if(_padding_alone(pad_to_multiple_of))
+        check_together(models, base)
+        check_same_tokens(models, base)
+    else:
+        base, models = align_vocabulary(
+            models, base=base, tokenizer=tokenizer, pad_to_multiple_of=pad_to_multiple_of
+        )
+        check_together(models, base)
     merging = _Merging(chosen, models, base, seed, given, per_tensor)
     scales, details = None, {}
     if lines is not None:
@@ -81,6 +97,14 @@ def merge(
         details,
     )
     return merging.first.edited(edit, merging.tensors(scales), merging.config())
+
+
+def _padding_alone(multiple: int | None) -> Iterator[str]:
+    if multiple is not None:
+        yield (
+            "pad_to_multiple_of pads the rows of a tokenizer: pass tokenizer='base' "
+            "(--tokenizer base) with it to keep the base's"
+        )
 
 
 class _Merging:
