@@ -9,7 +9,7 @@ import typer
 from surgery.errors import ArgumentError
 
 from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
-from .output import console, progress
+from .output import console, progress, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
 
@@ -44,6 +44,18 @@ def merge(
     no_base: Annotated[
         bool, typer.Option("--no-base", help="There is no base: all models are to be merged.")
     ] = False,
+    tokenizer: Annotated[
+        str | None,
+        typer.Option(
+            metavar="base|union|MODEL",
+            help="Whose tokens, where vocabularies differ: rows are matched by token. base is the "
+            "first model with --no-base.",
+        ),
+    ] = None,
+    pad_to_multiple_of: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Round the rows up, with --tokenizer."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="For methods that drop at random.")] = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -67,6 +79,9 @@ def merge(
         # what is planned doesn't depend on alpha, which takes reading every byte
         scaling = (1.0, given.pop("lambda", 1.0))
     opened = [surgery.open_checkpoint(model, headers_only=dry_run) for model in models]
+    vocabulary: Any = tokenizer
+    if tokenizer not in (None, "base", "union"):  # its tokenizer is wanted, and no weights
+        vocabulary = surgery.open_checkpoint(str(tokenizer), headers_only=True)
     base, tuned = (None, opened) if no_base else (opened[0], opened[1:])
 
     def run(advance: Any = None) -> Checkpoint:
@@ -76,6 +91,8 @@ def merge(
             method=method,
             seed=seed,
             lines=scaling,
+            tokenizer=vocabulary,
+            pad_to_multiple_of=pad_to_multiple_of,
             threads=threads,
             progress=advance,
             **given,
@@ -156,8 +173,37 @@ def _lines(text: str | None) -> Any:
 def _print(written: Written) -> None:
     edit = written.record["edits"][-1]
     out = console()
+    for earlier in written.record["edits"]:
+        if earlier["operation"] == "vocabulary":
+            _print_vocabulary(earlier)
     if scaling := edit["details"].get("lines"):
         out.print(f"lambda from {scaling['alpha']:.4g} to {scaling['alpha'] + scaling['beta']:.4g}")
     inputs = len(edit["inputs"])
     out.print(f"Merged {inputs} checkpoints with {edit['parameters']['method']}")
+    for text in written.record["notes"]:
+        out.print(f"note: {text}")
     out.print(f"Written to {written.target}")
+
+
+_ROWS = {
+    "matched": "own",
+    "from_base": "base's",
+    "from_another": "another's",
+    "averaged": "averaged",
+    "unnamed": "own padding",
+    "unnamed_from_another": "other padding",
+    "zeros": "zeros",
+}
+"""Where rows come from, and the heading of their column."""
+
+
+def _print_vocabulary(edit: dict[str, Any]) -> None:
+    """How many rows each model had, and where those that it has now come from."""
+    models = edit["details"]["models"]
+    shown = [how for how in _ROWS if any(how in found for found in models.values())]
+    rows = table("model", "rows", "now", *(_ROWS[how] for how in shown), left=("model",))
+    for role, found in models.items():
+        counts = (f"{found.get(how, 0):,}" for how in shown)
+        now = f"{edit['details']['rows']:,}"
+        rows.add_row(role.replace("_", " "), f"{found['rows_before']:,}", now, *counts)
+    console().print(rows)

@@ -349,7 +349,10 @@ def test_all_that_doesn_t_match_is_said_at_once(tmp_path: Path):
     tensors["model.embed_tokens.weight"] = torch.zeros(128, 32)
     tensors["lm_head.weight"] = torch.zeros(128, 32)
     base, tuned = build("llama"), variant(tmp_path / "tuned", build_tuned("llama"), tensors)
-    vocabulary = "; the vocabularies differ: resize the embeddings of one to match the other"
+    vocabulary = (
+        "; the vocabularies differ: `surgery merge BASE TUNED --method task_arithmetic --lines "
+        "ALPHA,BETA --tokenizer union` matches rows by token, and scales as lines does"
+    )
     assert sorted(problems_of(MismatchError, base, tuned)) == sorted(
         [
             f"model.layers.1.self_attn.q_proj.weight is in {base} and not in {tuned}",

@@ -14,6 +14,10 @@ from surgery.merging.parameters import resolve
 from surgery.operations.pairs import check_pair, check_unquantized
 
 Lines = Literal["auto"] | tuple[float, float] | None
+MATCH_ROWS = (
+    "pass tokenizer='base', 'union' or a model (--tokenizer base|union|MODEL) to have rows "
+    "matched by token"
+)
 
 
 def check_arguments(
@@ -66,7 +70,7 @@ def check_together(models: Sequence[Checkpoint], base: Checkpoint | None) -> Non
     problems: dict[str, None] = {}
     for other in others:
         try:
-            check_pair(first, other)
+            check_pair(first, other, vocabularies=MATCH_ROWS)
         except MismatchError as error:
             problems |= dict.fromkeys(error.problems)
     MismatchError.raise_if(problems)

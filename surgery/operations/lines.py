@@ -15,6 +15,10 @@ from surgery.operations.pairs import check_pair, check_unquantized, tied_head
 from surgery.tensor import LazyTensor
 
 Outside = Literal["alpha", "depth"]
+ALIGN_FIRST = (
+    "`surgery merge BASE TUNED --method task_arithmetic --lines ALPHA,BETA --tokenizer union` "
+    "matches rows by token, and scales as lines does"
+)
 
 
 def lines(
@@ -43,7 +47,7 @@ def lines(
     if outside not in ("alpha", "depth"):
         raise ArgumentError(f"outside is {outside!r}, and has to be 'alpha' or 'depth'")
     check_unquantized(base=base, tuned=tuned)
-    check_pair(base, tuned)
+    check_pair(base, tuned, vocabularies=ALIGN_FIRST)
     anatomy = tuned.anatomy
     scales = {
         name: scale_of(place, anatomy, alpha, beta, outside)

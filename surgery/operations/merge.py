@@ -6,7 +6,7 @@ what isn't merged, and LiNeS on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from surgery.merging.methods import Method, find_method, joint_problems
 from surgery.merging.parameters import resolve, unknown
 from surgery.operations.dtype import main_dtype, with_dtype
 from surgery.operations.lines import depth_scale, scale_of
+from surgery.operations.vocabulary import Tokenizer, align_vocabulary, check_same_tokens
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
 
@@ -37,6 +38,8 @@ def merge(
     lines: Lines = None,
     dtype: str | None = None,
     per_tensor: PerTensor | None = None,
+    tokenizer: Tokenizer | None = None,
+    pad_to_multiple_of: int | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     **parameters: Any,
@@ -53,9 +56,14 @@ def merge(
     With `dtype` ("float32", "bfloat16", ...) tensors of the type that most of the weights have
     are rounded to that one instead; those that another type sets apart keep it.
 
+    Models whose vocabularies differ are refused unless `tokenizer` says whose is wanted: "base",
+    "union", or a checkpoint; rows are then matched by token (see `align_vocabulary`), and
+    `pad_to_multiple_of` rounds their number up.
+
     Integers and buffers stay as they are. Dtypes, config and companion files are those of the
     base, or of the first model if the method takes none. Raises ArgumentError, MismatchError or
-    UnsupportedError, with all that is wrong.
+    UnsupportedError, with all that is wrong, and with `tokenizer` also what `align_vocabulary`
+    raises of tokenizers that can't be read.
     """
     chosen = find_method(method)
     given = {name.rstrip("_"): value for name, value in parameters.items()}
@@ -63,7 +71,15 @@ def merge(
     if per_tensor is not None and models:  # what differs by tensor has to be given only there
         sample |= per_tensor(next(iter(models[0] if base is None else base), ""))
     values = check_arguments(chosen, models, base, sample, lines)
-    check_together(models, base)
+    if tokenizer is None:
+        ArgumentError.raise_if(_padding_alone(pad_to_multiple_of))
+        check_together(models, base)
+        check_same_tokens(models, base)
+    else:
+        base, models = align_vocabulary(
+            models, base=base, tokenizer=tokenizer, pad_to_multiple_of=pad_to_multiple_of
+        )
+        check_together(models, base)
     merging = _Merging(chosen, models, base, seed, given, per_tensor, _float_type(dtype))
     values |= dict.fromkeys(merging.varying, "differs by tensor")
     if lines is not None and "lambda" in merging.varying:
@@ -95,6 +111,14 @@ def merge(
         details,
     )
     return merging.first.edited(edit, merging.tensors(scales), merging.config(), others=models)
+
+
+def _padding_alone(multiple: int | None) -> Iterator[str]:
+    if multiple is not None:
+        yield (
+            "pad_to_multiple_of pads the rows of a tokenizer: pass tokenizer='base' "
+            "(--tokenizer base) with it to keep the base's"
+        )
 
 
 class _Merging:

@@ -17,10 +17,11 @@ def check_unquantized(**models: Checkpoint) -> None:
     )
 
 
-def check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
+def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str) -> None:
     """Raise MismatchError unless both have the same architecture, names and shapes.
 
     A head that one of them stores and the other ties to its embedding is no difference.
+    `vocabularies` says what to do about embeddings that differ in rows.
     """
     where = f"{base.source.reference} (base) and {tuned.source.reference} (tuned)"
     problems = []
@@ -47,8 +48,9 @@ def check_pair(base: Checkpoint, tuned: Checkpoint) -> None:
         f"{name} is {list(base[name].shape)} in {base.source.reference} and "
         f"{list(tuned[name].shape)} in {tuned.source.reference}"
         + (
-            "; the vocabularies differ: resize the embeddings of one to match the other"
+            f"; the vocabularies differ: {vocabularies}"
             if name in (base.anatomy.embedding, base.anatomy.head)
+            and base[name].shape[1:] == tuned[name].shape[1:]
             else ""
         )
         for name in base

@@ -19,6 +19,7 @@ from surgery.operations.layers import parse_layers
 from surgery.operations.lines import lines
 from surgery.operations.merge import merge
 from surgery.operations.task_vectors import apply, task_vector
+from surgery.operations.vocabulary import Tokenizer
 from surgery.parallel import Progress
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import (
@@ -156,11 +157,18 @@ class _Builder:
                 seed=given.seed,
                 lines=scaling,
                 dtype=given.dtype,
+                tokenizer=self._tokenizer(given),
+                pad_to_multiple_of=given.pad_to_multiple_of,
                 per_tensor=per_tensor,
                 threads=self.work.threads,
                 progress=advance,
                 **fixed,
             )
+
+    def _tokenizer(self, given: MergeArguments) -> Tokenizer | None:
+        name = given.tokenizer
+        whose: dict[str, Tokenizer] = {"base": "base", "union": "union"}
+        return None if name is None else whose.get(name) or self._model(name)
 
     def _lines(self, given: LinesArguments) -> Checkpoint:
         return lines(
