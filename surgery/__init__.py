@@ -18,7 +18,9 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
-from surgery.opening import open_checkpoint
+from surgery.lora.adapter import Adapter, open_adapter
+from surgery.lora.bake import adapter_task_vector, apply_adapter
+from surgery.models import open_checkpoint
 from surgery.operations.diff import diff
 from surgery.operations.grow import grow
 from surgery.operations.lines import lines
@@ -30,6 +32,7 @@ from surgery.verification import Verification, certify, find_growths, verify
 from surgery.writing import Plan, Written, plan, write
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "Checkpoint",
     "Edit",
@@ -46,13 +49,16 @@ __all__ = [
     "Verification",
     "VerificationError",
     "Written",
+    "adapter_task_vector",
     "apply",
+    "apply_adapter",
     "certify",
     "diff",
     "find_growths",
     "grow",
     "lines",
     "merge",
+    "open_adapter",
     "open_checkpoint",
     "open_task_vector",
     "plan",
