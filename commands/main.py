@@ -21,6 +21,7 @@ from .diff import diff
 from .grow import grow
 from .inspect import inspect
 from .lines import lines
+from .lora import lora
 from .merge import merge
 from .methods import methods
 from .verify import verify
@@ -69,7 +70,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
-for verb in (inspect, diff, lines, merge, methods, grow, verify, demo):
+for verb in (inspect, diff, lines, merge, methods, lora, grow, verify, demo):
     app.command()(with_exit_codes(verb))
 
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from .output import plan_as_json, print_json, print_plan
 
 if TYPE_CHECKING:
-    from surgery import Checkpoint
+    from surgery.checkpoint import Weights
 
 
 def dry_run(
-    edited: Checkpoint,
+    edited: Weights,
     out: Path,
     max_shard_size: int,
     threads: int | None,

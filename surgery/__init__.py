@@ -20,6 +20,8 @@ from surgery.errors import (
 )
 from surgery.lora.adapter import Adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
+from surgery.lora.extract import extract_lora
+from surgery.lora.written import LoraAdapter
 from surgery.models import open_checkpoint
 from surgery.operations.diff import diff
 from surgery.operations.grow import grow
@@ -39,6 +41,7 @@ __all__ = [
     "FormatError",
     "InputError",
     "LazyTensor",
+    "LoraAdapter",
     "MismatchError",
     "NotFoundError",
     "OutputError",
@@ -54,6 +57,7 @@ __all__ = [
     "apply_adapter",
     "certify",
     "diff",
+    "extract_lora",
     "find_growths",
     "grow",
     "lines",

@@ -1,4 +1,4 @@
-"""Updates of low rank, and DoRA's magnitudes."""
+"""Updates of low rank: multiplied out, found in a matrix, and DoRA's magnitudes."""
 
 from __future__ import annotations
 
@@ -60,3 +60,34 @@ def stretch(squares: numpy.ndarray, magnitudes: torch.Tensor) -> torch.Tensor:
 def rounded(rows: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
     """The same in another type."""
     return rows.to(dtype)
+
+
+OVERSAMPLING, POWER_ITERATIONS = 10, 4
+
+
+def leading_directions(
+    matrix: torch.Tensor, sketch: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, singular values and V^T of a matrix (out, in): all of them, or, with a random `sketch`
+    (in, k), the first k or so.
+
+    The randomised range finder with power iterations, Halko, Martinsson and Tropp, arXiv
+    0909.4061, algorithm 4.4. Its error is far below that of the truncation where singular values
+    fall off at all.
+    """
+    if sketch is None:
+        left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+        return left, values, right
+    basis = torch.linalg.qr(matrix @ sketch).Q
+    for _ in range(POWER_ITERATIONS):
+        basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.mT @ basis).Q).Q
+    left, values, right = torch.linalg.svd(basis.mT @ matrix, full_matrices=False)
+    return basis @ left, values, right
+
+
+def balanced(
+    left: torch.Tensor, values: torch.Tensor, right: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A (r, in) and B (out, r) with B A = U S V^T, each with half of the singular values."""
+    half = values.sqrt()
+    return half[:, None] * right, left * half

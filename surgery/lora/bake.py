@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -45,7 +44,9 @@ def apply_adapter(base: Checkpoint, *adapters: Adapter) -> Checkpoint:
     else:
         notes += _tokenizers_left(base, adapters)
     notes += _other_bases(base, adapters)
-    edited = base.edited(_edit(base, adapters), tensors, config, companions, tuple(notes))
+    *earlier, last = (_edit(base, adapter) for adapter in adapters)
+    before = replace(base, history=(*base.history, *earlier))
+    edited = before.edited(last, tensors, config, companions, tuple(notes))
     reference = "+".join([base.source.reference, *(a.source.reference for a in adapters)])
     return replace(edited, source=replace(base.source, reference=reference))
 
@@ -142,20 +143,16 @@ def _other_bases(base: Checkpoint, adapters: tuple[Adapter, ...]) -> list[str]:
     ]
 
 
-def _edit(base: Checkpoint, adapters: tuple[Adapter, ...]) -> Edit:
-    inputs = {f"adapter_{at}": adapter.source for at, adapter in enumerate(adapters, 1)}
-    if len(adapters) == 1:
-        inputs = {"adapter": adapters[0].source}
-    details = [
-        {
-            "modules": len(adapter.updates),
-            "ranks": dict(
-                sorted(Counter(str(u.a.shape[0]) for u in adapter.updates.values()).items())
-            ),
-            "rslora": adapter.config.rslora,
-            "dora": adapter.config.dora,
-            "saved": sorted(adapter.saved),
-        }
-        for adapter in adapters
-    ]
-    return Edit("adapter", {}, {"base": base.source, **inputs}, {"adapters": details})
+def _edit(base: Checkpoint, adapter: Adapter) -> Edit:
+    config = adapter.config
+    parameters = {
+        "rank": config.rank,
+        "alpha": config.alpha,
+        "rslora": config.rslora,
+        "dora": config.dora,
+    }
+    details = {
+        "modules": {module: update.a.shape[0] for module, update in adapter.updates.items()},
+        "saved": sorted((*adapter.saved, *adapter.tokens)),
+    }
+    return Edit("adapter", parameters, {"base": base.source, "adapter": adapter.source}, details)

@@ -233,10 +233,8 @@ class _Collection:
         self.unties, self.head = True, head
         if head not in self.edits and head not in self.base:
             self.edits[head] = Edited(self.base[self.embedding])
-        return (
-            f"{self.embedding} and {head} were tied, and an adapter trained them apart: they are "
-            f"two tensors now",
-        )
+        note = f"{self.embedding} and {head} were tied, and an adapter trained them apart: they are"
+        return (f"{note} two tensors now",)
 
     def vocabulary(self) -> int | None:
         """The number of tokens if it changes; head and embedding have to agree on it."""
