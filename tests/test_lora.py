@@ -313,6 +313,21 @@ def test_new_tokens_come_with_their_tokenizer(make_model: Make, tmp_path: Path) 
     assert torch.equal(made.model.embed_tokens.weight, stored["model.embed_tokens.weight"])
 
 
+def test_a_tied_vocabulary_that_was_resized_stays_tied(make_model: Make, tmp_path: Path) -> None:
+    """PEFT saves both where the number of tokens has changed, trained or not."""
+    base = make_model(tie_word_embeddings=True)
+    both = torch.randn(66, 16)
+    names = ("model.embed_tokens", "lm_head")
+    saved = {f"base_model.model.{name}.weight": both.clone() for name in names}
+    adapter = save_adapter(tmp_path / "adapter", saved)
+    baked = open_checkpoint(f"{base}+{adapter}")
+    assert "lm_head.weight" not in baked
+    assert baked.config["tie_word_embeddings"] is True
+    assert baked.config["vocab_size"] == 66
+    write(baked, tmp_path / "out")
+    assert torch.equal(loaded(tmp_path / "out").lm_head.weight, both)
+
+
 def test_head_and_embedding_have_the_same_tokens(make_model: Make, tmp_path: Path) -> None:
     base, adapter = resized(make_model, tmp_path)
     stored = load_file(adapter / "adapter_model.safetensors")
