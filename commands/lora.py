@@ -69,6 +69,7 @@ def lora(
     """
     import surgery
     from surgery.lora.extract import outline_lora
+    from surgery.writing.plan import MAX_SHARD_BYTES
 
     before = surgery.open_checkpoint(base, headers_only=dry_run)
     after = surgery.open_checkpoint(tuned, headers_only=dry_run)
@@ -84,7 +85,7 @@ def lora(
             dtype=dtype.value,
             save_rest=save_rest,
         )
-        show_plan(outline, out, 1, threads, overwrite=overwrite, json=json)
+        show_plan(outline, out, MAX_SHARD_BYTES, threads, overwrite=overwrite, json=json)
         return
     from surgery.writing.staging import check_target
 

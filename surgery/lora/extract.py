@@ -199,12 +199,13 @@ class _Plan:
         biases of the modules that were taken apart, and modules that PEFT can replace."""
         saved: dict[str, LazyTensor] = {}
         kept: set[str] = set()
-        own_head = {
-            name: (name.rpartition(".")[0], "weight") for name in moved
-        } | self.modules.owners
-        on_disk = {owner: name for name, owner in own_head.items()}
+        untied = {
+            name: (name.rpartition(".")[0], "weight") for name in moved if name not in self.base
+        }
+        owners = self.modules.owners | untied  # a head that the base hasn't got
+        on_disk = {owner: name for name, owner in owners.items()}
         for name in moved if self.save_rest else ():
-            module, parameter = own_head[name]
+            module, parameter = owners.get(name, ("", ""))
             layer = self.modules.layers.get(module)
             if module in taken and parameter == "bias":
                 saved[f"{PREFIX}{module}.base_layer.bias"] = unchecked(self.pairs[name][1])
