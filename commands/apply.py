@@ -17,7 +17,10 @@ from .writes import dry_run as show_plan
 def apply(
     base: Annotated[str, typer.Argument(help=f"The model to change. {MODEL}")],
     vectors: Annotated[
-        list[str], typer.Argument(metavar="VECTOR...", help="What `surgery task-vector` wrote.")
+        list[str],
+        typer.Argument(
+            metavar="VECTOR...", help="What `surgery task-vector` wrote, or a LoRA adapter."
+        ),
     ],
     out: Out,
     scale: Annotated[
@@ -40,11 +43,9 @@ def apply(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json)
-    edited = surgery.apply(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        *(surgery.open_task_vector(vector, headers_only=dry_run) for vector in vectors),
-        scale=_scales(scale),
-    )
+    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
+    edited = surgery.apply(given, *opened, scale=_scales(scale))
     if dry_run:
         show_plan(edited, target)
         return

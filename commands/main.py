@@ -23,6 +23,7 @@ from .expand import expand
 from .grow import grow
 from .inspect import inspect
 from .lines import lines
+from .lora import lora
 from .merge import merge
 from .methods import methods
 from .run import run as run_
@@ -74,7 +75,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
 
 
 VERBS = (
-    inspect, diff, lines, merge, methods, task_vector, apply, grow, expand, run_, verify, demo,
+    inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, run_, verify, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(with_exit_codes(verb))

@@ -9,7 +9,10 @@ from typing import Annotated
 
 import typer
 
-MODEL = "A directory, a .safetensors file, or a Hub id org/name[@revision]."
+MODEL = (
+    "A directory, a .safetensors file, or a Hub id org/name[@revision]; MODEL+ADAPTER is the model "
+    "with a LoRA adapter in its weights."
+)
 
 
 class Device(str, Enum):

@@ -58,7 +58,7 @@ def run(
     written until everything that the recipe requires holds. mergekit's files run as they are.
     """
     from surgery.recipe import load_recipe, run_recipe
-    from surgery.recipe.chain import Work, build, open_inputs
+    from surgery.recipe.chain import Work, build, open_inputs, to_write
     from surgery.recipe.checks import Proving
 
     given = load_recipe(recipe, changes=change or [])
@@ -68,7 +68,7 @@ def run(
         target = Target(out or Path(given.output), max_shard_size, threads, overwrite, json)
         models = build(given, open_inputs(given, headers_only=True), Work(measure=False))
         proof = Proof(verify, logits, device.value, verify_dtype.value)
-        show_plan(models[given.output], target, proof)
+        show_plan(to_write(models, given.output), target, proof)
         return
     outcome = run_recipe(
         given,

@@ -19,7 +19,11 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
-from surgery.opening import open_checkpoint
+from surgery.lora.adapter import Adapter, open_adapter
+from surgery.lora.bake import adapter_task_vector, apply_adapter
+from surgery.lora.extract import extract_lora
+from surgery.lora.written import LoraAdapter
+from surgery.models import open_checkpoint, open_update
 from surgery.operations.blocks import compose
 from surgery.operations.diff import diff
 from surgery.operations.expand import expand
@@ -33,12 +37,14 @@ from surgery.verification import Verification, certify, find_growths, verify
 from surgery.writing import Plan, Written, plan, write
 
 __all__ = [
+    "Adapter",
     "ArgumentError",
     "Checkpoint",
     "Edit",
     "FormatError",
     "InputError",
     "LazyTensor",
+    "LoraAdapter",
     "MismatchError",
     "NotFoundError",
     "OutputError",
@@ -50,17 +56,22 @@ __all__ = [
     "Verification",
     "VerificationError",
     "Written",
+    "adapter_task_vector",
     "apply",
+    "apply_adapter",
     "certify",
     "compose",
     "diff",
     "expand",
+    "extract_lora",
     "find_growths",
     "grow",
     "lines",
     "merge",
+    "open_adapter",
     "open_checkpoint",
     "open_task_vector",
+    "open_update",
     "plan",
     "task_vector",
     "verify",

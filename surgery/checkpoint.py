@@ -46,6 +46,8 @@ class Weights(Mapping[str, LazyTensor]):
     """The name of the safetensors files, without numbers and suffix."""
     library: ClassVar[str | None] = None
     """What loads the directory, as the Hub names libraries."""
+    sharded: ClassVar[bool] = True
+    """Whether what loads it knows several files and their index."""
 
     tensors: Mapping[str, LazyTensor]
     companions: Mapping[str, Path | bytes] = field(default_factory=dict)

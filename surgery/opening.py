@@ -114,7 +114,10 @@ def _weight_files(source: Source) -> tuple[list[str], Mapping[str, Any] | None, 
     indices = sorted(path.name for path in folder.glob(f"*{INDEX_SUFFIX}"))
     here.discard("adapter_model.safetensors")
     if (folder / "adapter_config.json").exists() and not here:
-        raise FormatError(f"{folder} is a LoRA adapter and no model: give the model it belongs to")
+        raise FormatError(
+            f"{folder} is a LoRA adapter and no model: give the model it belongs to as well, "
+            f"written MODEL+{folder}"
+        )
     if (folder / TASK_VECTOR).exists():
         raise FormatError(
             f"{folder} is a task vector and no model: `surgery apply BASE {folder}` adds it to one"

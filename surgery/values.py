@@ -1,4 +1,4 @@
-"""Leaves that lie in no file: zeros, small tables, and seeded noise.
+"""Leaves that lie in no file: zeros, small tables, values that were computed, and seeded noise.
 
 Noise is a function of (seed, tensor name, position) and of nothing else, so that it is the same
 whichever thread asks for it, in whatever blocks.
@@ -28,6 +28,12 @@ def table(values: numpy.ndarray) -> LazyTensor:
     return LazyTensor(values.shape, DTYPES["I64"], leaf=_Table(values))
 
 
+def held(values: torch.Tensor) -> LazyTensor:
+    """A tensor of floats that is in memory."""
+    dtype = next(d for d in DTYPES.values() if d.kind == "float" and d.torch == values.dtype)
+    return LazyTensor(tuple(values.shape), dtype, leaf=_Held(values))
+
+
 def noise(shape: tuple[int, ...], seed: int, name: str) -> LazyTensor:
     """Float32 noise, uniform in [-1, 1), for the tensor `name`."""
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
@@ -50,6 +56,14 @@ class _Table:
         import torch
 
         return torch.from_numpy(self.values[start:stop].copy())
+
+
+@dataclass(frozen=True, eq=False)
+class _Held:
+    values: torch.Tensor
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        return self.values.reshape(tensor.shape_of(tensor.rows))[start:stop].clone()
 
 
 @dataclass(frozen=True)

@@ -255,9 +255,10 @@ def test_a_stray_beside_one_file(raw_checkpoint: Raw) -> None:
 def test_an_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "adapter_model.safetensors").write_bytes(safetensors_bytes({}))
-    assert problems(tmp_path) == (
-        f"{tmp_path} is a LoRA adapter and no model: give the model it belongs to",
+    said = (
+        f"{tmp_path} is a LoRA adapter and no model: give the model it belongs to as well, written"
     )
+    assert problems(tmp_path) == (f"{said} MODEL+{tmp_path}",)
 
 
 def test_an_adapter_beside_one_file(raw_checkpoint: Raw) -> None:

@@ -291,6 +291,9 @@ def test_arcee_fusion(shape: tuple[int, ...]) -> None:
     close(merged("arcee_fusion", base, models), wanted)
 
 
+SPECTRAL = ["tsv_m", "iso_c", "iso_cts", "wudi", "knots_ties"]
+
+
 def svd(matrix: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     left, values, right = numpy.linalg.svd(matrix.double().numpy(), full_matrices=False)
     return torch.from_numpy(left), torch.from_numpy(values), torch.from_numpy(right)
@@ -343,7 +346,26 @@ def test_wudi_is_where_the_gradient_of_its_loss_vanishes() -> None:
         assert float(other) > best
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "wudi"])
+@pytest.mark.parametrize("density", [1.0, 0.3])
+def test_knots_ties(density: float) -> None:
+    base, models = case((12, 9))
+    start, taus = doubled(base, models)
+    left, _, _ = svd(torch.cat(taus, 1))
+    weights = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    parts = []
+    for tau, weight in zip(taus, weights, strict=True):
+        inside = left.T @ tau  # S V_i^T
+        least = inside.abs().flatten().sort().values[-int(density * inside.numel())]
+        parts.append(weight * inside * (inside.abs() >= least))
+    stacked = torch.stack(parts)
+    agree = stacked * sum(parts).sign() > 0
+    counted = (agree * weights[:, None, None]).sum(0)
+    fused = (stacked * agree).sum(0) / counted.clamp(min=1e-9)
+    found = merged("knots_ties", base, models, density=density, weight=[0.5, 1.0, 2.0])
+    close(found, start + left @ fused, 1e-4)
+
+
+@pytest.mark.parametrize("method", SPECTRAL)
 def test_what_is_no_matrix_is_averaged_by_methods_for_matrices(method: str) -> None:
     base, models = case((30,))
     start, taus = doubled(base, models)
@@ -351,7 +373,7 @@ def test_what_is_no_matrix_is_averaged_by_methods_for_matrices(method: str) -> N
     close(found, start + 0.5 * sum(taus) / 3)
 
 
-@pytest.mark.parametrize("method", ["tsv_m", "iso_c", "iso_cts", "wudi"])
+@pytest.mark.parametrize("method", SPECTRAL)
 def test_matrices_of_low_rank_bring_no_noise(method: str) -> None:
     base, _ = case((12, 9))
     taus = [torch.outer(torch.randn(12), torch.randn(9)) for _ in range(2)]
@@ -420,6 +442,7 @@ FULL = {
     "ram": {},
     "multislerp": {},
     "wudi": {},
+    "knots_ties": {},
 }
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from surgery.commands.main import app
 from typer.testing import CliRunner
 
-from surgery import open_checkpoint
+from surgery import extract_lora, open_checkpoint, write
 
 RECIPES = sorted(Path(__file__).parents[1].glob("recipes/*.yaml"))
 DEPTH = 24
@@ -30,6 +30,9 @@ def fine_tunes(make_model: Callable[..., Path]) -> Callable[[str], Path]:
         if name == "base":
             return base
         made = base.parent / name
+        if name == "adapter":
+            pair = (open_checkpoint(path) for path in (base, model("tuned")))
+            write(extract_lora(*pair, rank=2), made)
         if not made.exists():
             torch.manual_seed(sum(name.encode()))
             made.mkdir()
@@ -65,6 +68,9 @@ def test_it_runs_as_its_first_line_says(
     out = tmp_path / command[command.index("-o") + 1]
     record = json.loads((out / "surgery.json").read_text())
     assert [*record["recipe"]["steps"]]
-    assert len(open_checkpoint(out)) > 0
+    if recipe.stem == "lora-extract":
+        assert (out / "adapter_model.safetensors").exists()
+    else:
+        assert len(open_checkpoint(out)) > 0
     if "--report" in command:
         assert (tmp_path / command[command.index("--report") + 1]).exists()

@@ -7,6 +7,15 @@ reported and copied byte for byte.
 from surgery.anatomy.infer import Anatomy, infer
 from surgery.anatomy.mlp import MLP, Projection
 from surgery.anatomy.places import Place, Role
-from surgery.anatomy.tying import settled_config
+from surgery.anatomy.tying import settled_config, untied_config
 
-__all__ = ["MLP", "Anatomy", "Place", "Projection", "Role", "infer", "settled_config"]
+__all__ = [
+    "MLP",
+    "Anatomy",
+    "Place",
+    "Projection",
+    "Role",
+    "infer",
+    "settled_config",
+    "untied_config",
+]

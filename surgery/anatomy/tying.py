@@ -20,3 +20,12 @@ def settled_config(config: Mapping[str, Any], anatomy: Anatomy) -> dict[str, Any
     if isinstance(nested, Mapping) and nested.get(key) is False:
         settled["text_config"] = {**nested, key: True}
     return settled
+
+
+def untied_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config of a model whose head has become another matrix than its embedding."""
+    key, nested = "tie_word_embeddings", config.get("text_config")
+    untied = {**config, key: False}
+    if isinstance(nested, Mapping) and key in nested:
+        untied["text_config"] = {**nested, key: False}
+    return untied

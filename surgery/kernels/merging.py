@@ -154,11 +154,11 @@ def trim(
     start, taus = updates(base, models, rounding.compute)
     for tau, bounds in zip(taus, measured, strict=True):
         if bounds is not None:
-            _keep_between(tau, *bounds)
+            keep_between(tau, *bounds)
     return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
 
 
-def _keep_between(tau: torch.Tensor, low: float, high: float) -> None:
+def keep_between(tau: torch.Tensor, low: float, high: float) -> None:
     """Zero what is smaller or larger in magnitude. `hardshrink` keeps what is larger than its
     bound, at a tenth of the time of a mask."""
     if low > 0:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from surgery.kernels.merging import Rounding, finish, updates
+from surgery.kernels.merging import Rounding, finish, fuse, keep_between, updates
+from surgery.kernels.selection import order_statistics
 
 Merge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 
@@ -97,6 +98,25 @@ def wudi(taus: Sequence[torch.Tensor]) -> torch.Tensor:
     inverse = torch.where(there, values, 1).reciprocal_().mul_(there)
     made: torch.Tensor = (target @ vectors) * inverse @ vectors.mT
     return made.to(taus[0].dtype)
+
+
+def knots_ties(
+    taus: Sequence[torch.Tensor], *, weights: Sequence[float], densities: Sequence[float]
+) -> torch.Tensor:
+    """KnOTS-TIES, Stoica et al., arXiv 2410.19735.
+
+    The task vectors side by side have left singular vectors U in common; what each of them is in
+    that basis, S V_i^T, is trimmed and merged by elected signs (TIES), and brought back by U.
+    """
+    left, values, right = _svd(torch.cat(list(taus), 1))
+    aligned, width = values[:, None] * right, taus[0].shape[1]
+    parts = [aligned[:, at * width : (at + 1) * width].clone() for at in range(len(taus))]
+    for part, density in zip(parts, densities, strict=True):
+        kept = max(1, int(density * part.numel()))
+        if kept < part.numel():
+            low = order_statistics(part.abs(), [part.numel() - kept])[0]
+            keep_between(part, low, float("inf"))
+    return left @ fuse(parts, weights, elect=True, normalize=True)
 
 
 def orthonormal(matrix: torch.Tensor) -> torch.Tensor:

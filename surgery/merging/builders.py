@@ -273,4 +273,8 @@ def spectral(job: Job, *, method: str) -> LazyTensor:
     merge = getattr(spectral, method)
     if method == "iso_cts":
         merge = partial(merge, common=job.parameters["common"])
+    if method == "knots_ties":
+        merge = partial(
+            merge, weights=job.parameters["weight"], densities=job.parameters["density"]
+        )
     return job.tensor(partial(spectral.merge_matrices, merge=merge), rowwise=False)

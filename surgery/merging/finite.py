@@ -16,8 +16,11 @@ if TYPE_CHECKING:
 def finite(model: Checkpoint, name: str) -> LazyTensor:
     """The tensor `name` of `model`, whose reading fails where it isn't finite: arithmetic would
     spread one NaN to its whole row, or drop it without a word."""
-    tensor = model[name]
-    where = f"{name} of {model.source.reference}"
+    return known_finite(model[name], f"{name} of {model.source.reference}")
+
+
+def known_finite(tensor: LazyTensor, where: str) -> LazyTensor:
+    """`tensor`, called `where` in the error that its reading ends with if it isn't finite."""
     kernel = partial(_require_finite, where=where)
     return LazyTensor(tensor.shape, tensor.dtype, inputs=(tensor,), kernel=kernel)
 

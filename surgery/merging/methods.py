@@ -47,6 +47,7 @@ EPSILON = Parameter(
     True, low=0, high=1,
 )  # fmt: skip
 TRIM = Parameter("density", 0.2, DENSITY.doc, True, low=0, high=1, above_low=True)
+WHOLE = Parameter("density", 1.0, DENSITY.doc, True, low=0, high=1, above_low=True)
 CRUMBS = Parameter("density", 0.9, DENSITY.doc, True, low=0, high=1, above_low=True)
 GAMMA = Parameter("gamma", 0.01, "the part to drop that is largest", True, low=0, high=1)
 
@@ -206,6 +207,11 @@ _ALL = (
     Method(
         "wudi", "the update that interferes least with what each layer is given",
         "2503.08099", "needed", ANY, (LAMBDA,), partial(builders.spectral, method="wudi"),
+    ),
+    Method(
+        "knots_ties", "TIES in directions that all updates share: for fine-tunes by LoRA",
+        "2410.19735", "needed", ANY, (WEIGHT, WHOLE, LAMBDA),
+        partial(builders.spectral, method="knots_ties"),
     ),
     Method(
         "passthrough", "one model as it is, or scaled",

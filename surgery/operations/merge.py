@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from surgery.anatomy import Role
+from surgery.anatomy import Role, untied_config
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError
@@ -201,10 +201,7 @@ class _Merging:
             config = with_dtype(config, dtype)
         if self.tied or self.head is None or not self.first.anatomy.tied:
             return config
-        nested = config.get("text_config")
-        if isinstance(nested, Mapping) and "tie_word_embeddings" in nested:
-            config["text_config"] = {**nested, "tie_word_embeddings": False}
-        return {**config, "tie_word_embeddings": False}
+        return untied_config(config)
 
     def _build(self, name: str, scale: float | None) -> LazyTensor:
         job = self._job(name)

@@ -6,6 +6,8 @@ from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint
 from surgery.errors import MismatchError, UnsupportedError
 
+RESIZE = "the vocabularies differ: give both models the same rows first"
+
 
 def check_unquantized(**models: Checkpoint) -> None:
     """Raise UnsupportedError for packed weights, of which nothing can be computed."""
@@ -17,7 +19,7 @@ def check_unquantized(**models: Checkpoint) -> None:
     )
 
 
-def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str) -> None:
+def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str = RESIZE) -> None:
     """Raise MismatchError unless both have the same architecture, names and shapes.
 
     A head that one of them stores and the other ties to its embedding is no difference.

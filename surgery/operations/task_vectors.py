@@ -19,8 +19,6 @@ from surgery.operations.pairs import check_pair, check_unquantized, tied_head
 from surgery.task_vector import TaskVector
 from surgery.tensor import LazyTensor
 
-RESIZE = "the vocabularies differ: give both models the same rows first"
-
 
 def task_vector(
     base: Checkpoint, tuned: Checkpoint, *, dtype: Literal["float32", "tuned"] = "float32"
@@ -35,7 +33,7 @@ def task_vector(
     if dtype not in ("float32", "tuned"):
         raise ArgumentError(f"dtype is {dtype!r}, and has to be 'float32' or 'tuned'")
     check_unquantized(base=base, tuned=tuned)
-    check_pair(base, tuned, vocabularies=RESIZE)
+    check_pair(base, tuned)
     if tied_head(tuned, base) is not None and not tuned.anatomy.tied:
         raise UnsupportedError(
             f"{tuned.source.reference} has a head of its own, and {base.source.reference} ties it to "

@@ -7,11 +7,15 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, Weights
 from surgery.errors import MismatchError, RecipeError, SurgeryError
 from surgery.hub import Source
+from surgery.lora.adapter import Adapter, is_adapter, open_adapter
+from surgery.lora.bake import adapter_task_vector
+from surgery.lora.extract import extract_lora, outline_lora
+from surgery.lora.written import LoraAdapter
 from surgery.merging.methods import find_method
-from surgery.opening import open_checkpoint
+from surgery.models import open_checkpoint
 from surgery.operations.blocks import compose, main_stack
 from surgery.operations.expand import expand
 from surgery.operations.grow import grow
@@ -28,6 +32,7 @@ from surgery.recipe.schema import (
     ExpandArguments,
     GrowArguments,
     LinesArguments,
+    LoraArguments,
     MergeArguments,
     Recipe,
     Step,
@@ -36,7 +41,15 @@ from surgery.recipe.schema import (
 from surgery.recipe.settings import Constant, Setting, Spot, spot_of
 from surgery.task_vector import TaskVector, is_task_vector, open_task_vector
 
-Model = Checkpoint | TaskVector
+Model = Checkpoint | TaskVector | Adapter | LoraAdapter
+"""What an input or a step can be. An adapter that was opened is an input alone, one that was
+made is there to be written."""
+KINDS = {
+    Checkpoint: "a model",
+    TaskVector: "a task vector",
+    Adapter: "an adapter",
+    LoraAdapter: "an adapter that isn't written yet",
+}
 Bar = Callable[[str, int], AbstractContextManager[Progress]]
 """Shows the progress of a job, by its name and its size in bytes."""
 T = TypeVar("T", Checkpoint, TaskVector)
@@ -61,7 +74,11 @@ def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Mode
     errors = _Errors(recipe)
     for name, reference in recipe.inputs.items():
         with errors.of(("inputs", name)):
-            opener = open_task_vector if is_task_vector(reference) else open_checkpoint
+            opener: Callable[..., Model] = open_checkpoint
+            if is_task_vector(reference):
+                opener = open_task_vector
+            elif is_adapter(reference):
+                opener = open_adapter
             opened[name] = opener(reference, headers_only=headers_only)
     errors.raise_all()
     return opened
@@ -79,6 +96,13 @@ def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, 
             made[step.name] = _named(step, _Builder(step, made, work).build())
     errors.raise_all()
     return made
+
+
+def to_write(models: Mapping[str, Model], name: str) -> Weights:
+    """What the step `name` has made, to be planned and written."""
+    found = models[name]
+    assert not isinstance(found, Adapter)  # which is an input alone
+    return found
 
 
 class _Errors:
@@ -107,6 +131,8 @@ class _Errors:
 
 def _named(step: Step, model: Model) -> Model:
     """What a step made, under the step's name."""
+    if isinstance(model, (Adapter, LoraAdapter)):
+        return model
     if isinstance(model, TaskVector):
         origin = next(iter(model.sources.values()))
         return replace(model, source=Source(step.name, origin.path, step=True))
@@ -126,10 +152,9 @@ class _Builder:
     def _get(self, name: str, kind: type[T]) -> T:
         found = self.made[name]
         if not isinstance(found, kind):
-            is_, wanted = ("a task vector", "a model")
-            if kind is TaskVector:
-                is_, wanted = wanted, is_
-            raise MismatchError(f"{name} is {is_}, and {self.step.operation} takes {wanted} there")
+            raise MismatchError(
+                f"{name} is {KINDS[type(found)]}, and {self.step.operation} takes {KINDS[kind]} there"
+            )
         return found
 
     def _model(self, name: str) -> Checkpoint:
@@ -201,8 +226,24 @@ class _Builder:
         return task_vector(self._model(given.base), self._model(given.tuned), dtype=given.dtype)
 
     def _apply(self, given: ApplyArguments) -> Checkpoint:
-        vectors = [self._get(name, TaskVector) for name in given.vectors]
-        return apply(self._model(given.base), *vectors, scale=given.scale)
+        base = self._model(given.base)
+        vectors = [
+            adapter_task_vector(base, found)
+            if isinstance(found := self.made[name], Adapter)
+            else self._get(name, TaskVector)
+            for name in given.vectors
+        ]
+        return apply(base, *vectors, scale=given.scale)
+
+    def _lora(self, given: LoraArguments) -> LoraAdapter:
+        base, tuned = self._model(given.base), self._model(given.tuned)
+        how: dict[str, Any] = given.model_dump(exclude={"base", "tuned", "seed"})
+        if not self.work.measure:
+            return outline_lora(base, tuned, **how)
+        with self.work.progress("decomposing", tuned.nbytes) as advance:
+            return extract_lora(
+                base, tuned, seed=given.seed, threads=self.work.threads, progress=advance, **how
+            )
 
     def _compose(self, given: ComposeArguments) -> Checkpoint:
         blocks = []

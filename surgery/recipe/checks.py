@@ -79,7 +79,7 @@ def check(
         if requirement.compare and not proving.logits:
             problems.append(recipe.document.problem(at, "this takes logits, which are left out"))
         problems += [
-            recipe.document.problem(at, f"{name} is a task vector, which computes nothing")
+            recipe.document.problem(at, f"{name} is no model, and computes nothing")
             for name in requirement.pair
             if not isinstance(models[name], Checkpoint)
         ]

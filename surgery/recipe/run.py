@@ -10,7 +10,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
-from surgery.recipe.chain import Model, Work, build, open_inputs
+from surgery.recipe.chain import Model, Work, build, open_inputs, to_write
 from surgery.recipe.checks import Check, Proving, check, requirements
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
@@ -55,8 +55,8 @@ def run_recipe(
     targets = _targets(recipe, out)
     planned = build(recipe, inputs, Work(measure=False))
     for name, target in targets.items():
-        prepare(planned[name], target, overwrite=overwrite)
-        check_space(plan(planned[name], max_shard_bytes=max_shard_bytes), target)
+        prepare(to_write(planned, name), target, overwrite=overwrite)
+        check_space(plan(to_write(planned, name), max_shard_bytes=max_shard_bytes), target)
     models = build(recipe, inputs, work)
     required = requirements(recipe, verify=verify)
     checks = check(recipe, models, required, proving or Proving(), work)
@@ -67,9 +67,10 @@ def run_recipe(
     proved = {tuple(r.pair): r for r, _ in required if r.same}
     written = {}
     for name, target in targets.items():
-        with work.progress(f"writing {name}", models[name].nbytes) as advance:
+        weights = to_write(models, name)
+        with work.progress(f"writing {name}", weights.nbytes) as advance:
             written[name] = write(
-                models[name],
+                weights,
                 target,
                 overwrite=overwrite,
                 max_shard_bytes=max_shard_bytes,

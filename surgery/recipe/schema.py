@@ -139,6 +139,22 @@ class ApplyArguments(Arguments):
     scale: float | list[float] = 1.0
 
 
+class LoraArguments(Arguments):
+    """`lora`: a fine-tune as an adapter."""
+
+    refers = ("base", "tuned")
+
+    base: str
+    tuned: str
+    rank: int | None = None
+    energy: float | None = None
+    modules: list[str] | None = None
+    method: Literal["exact", "randomized"] = "exact"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    save_rest: bool = False
+    seed: int = 0
+
+
 class Blocks(BaseModel):
     """Blocks of one model, by number: "0-23", "-4--1", "all"."""
 
@@ -169,6 +185,7 @@ OPERATIONS: Mapping[str, type[Arguments]] = {
     "task_vector": TaskVectorArguments,
     "apply": ApplyArguments,
     "compose": ComposeArguments,
+    "lora": LoraArguments,
 }
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from surgery.checkpoint import Weights
 from surgery.header import LENGTH_BYTES
-from surgery.tensor import LazyTensor
+from surgery.tensor import FileSpan, LazyTensor
 
 MAX_SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
@@ -76,7 +76,8 @@ def plan(weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     groups: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
-        if groups[-1] and size + tensor.nbytes > max_shard_bytes:
+        full = weights.sharded and size + tensor.nbytes > max_shard_bytes
+        if groups[-1] and full:
             groups.append({})
             size = 0
         groups[-1][name] = tensor
@@ -91,7 +92,7 @@ def plan(weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
         )
         for number, group in enumerate(groups, 1)
     )
-    untouched = tuple(name for name, tensor in weights.items() if tensor.leaf is not None)
+    untouched = tuple(name for name, tensor in weights.items() if isinstance(tensor.leaf, FileSpan))
     known = set(untouched)
     copied = tuple(
         name
