@@ -193,15 +193,19 @@ class _Builder:
         return task_vector(self._model(given.base), self._model(given.tuned), dtype=given.dtype)
 
     def _apply(self, given: ApplyArguments) -> Checkpoint:
+        base = self._model(given.base)
         vectors = [self._get(name, TaskVector) for name in given.vectors]
-        return apply(self._model(given.base), *vectors, scale=given.scale)
+        if not self.work.measure:  # whose they are is told by their base's weights
+            vectors = [replace(vector, base=base) for vector in vectors]
+        return apply(base, *vectors, scale=given.scale)
 
     def _compose(self, given: ComposeArguments) -> Checkpoint:
         blocks = []
         for item in given.blocks:
             model = self._model(item.model)
             depth = model.anatomy.stacks[main_stack(model)]
-            blocks += [(model, at) for at in parse_layers(str(item.layers), depth)]
+            for part in str(item.layers).split(","):  # one after another, as they are written
+                blocks += [(model, at) for at in parse_layers(part, depth)]
         outside = {
             name: self._model(value)
             for name in ("before", "after")

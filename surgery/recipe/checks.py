@@ -66,15 +66,13 @@ def requirements(recipe: Recipe, *, verify: bool) -> list[tuple[Requirement, Ste
     return [(r, at) for r, at in promised if r.same not in given] + own
 
 
-def check(
+def check_requirements(
     recipe: Recipe,
     models: Mapping[str, Model],
     required: Sequence[tuple[Requirement, Steps]],
     proving: Proving,
-    work: Work,
-) -> list[Check]:
-    """Compare the models that the requirements name. Raises ArgumentError where one can't be
-    looked at."""
+) -> None:
+    """Raise ArgumentError where something can't be looked at. Nothing is compared yet."""
     problems = []
     for requirement, at in required:
         if requirement.compare and not proving.logits:
@@ -85,6 +83,16 @@ def check(
             if not isinstance(models[name], Checkpoint)
         ]
     ArgumentError.raise_if(problems)
+
+
+def check(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    required: Sequence[tuple[Requirement, Steps]],
+    proving: Proving,
+    work: Work,
+) -> list[Check]:
+    """Compare the models that the requirements name."""
     return [_check(recipe, models, requirement, at, proving, work) for requirement, at in required]
 
 
