@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,12 +22,11 @@ from .options import (
     VerifyDtype,
     VerifyDtypeOption,
 )
-from .output import command_line, console, note, print_json, progress, table
-from .writes import Proof, Target
-from .writes import dry_run as show_plan
+from .output import command_line, console, note, print_json, print_plan, progress, table
+from .writes import Proof, Target, planned
 
 if TYPE_CHECKING:
-    from surgery.recipe import Outcome
+    from surgery.recipe import Outcome, Recipe
 
 
 def run(
@@ -58,17 +58,16 @@ def run(
     written until everything that the recipe requires holds. mergekit's files run as they are.
     """
     from surgery.recipe import load_recipe, run_recipe
-    from surgery.recipe.chain import Work, build, open_inputs, to_write
+    from surgery.recipe.chain import Work
     from surgery.recipe.checks import Proving
 
     given = load_recipe(recipe, changes=change or [])
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:
-        target = Target(out or Path(given.output), max_shard_size, threads, overwrite, json)
-        models = build(given, open_inputs(given, headers_only=True), Work(measure=False))
+        target = Target(out or Path(), max_shard_size, threads, overwrite, json)
         proof = Proof(verify, logits, device.value, verify_dtype.value)
-        show_plan(to_write(models, given.output), target, proof)
+        _dry_run(given, out, target, proof)
         return
     outcome = run_recipe(
         given,
@@ -82,10 +81,44 @@ def run(
         command=command_line(),
     )
     if json:
-        last = outcome.written[given.output]
-        print_json({"out": str(last.target), **last.record})
+        told = {
+            name: {"out": str(one.target), **one.record} for name, one in outcome.written.items()
+        }
+        print_json(_output_first(told, given.output))
     else:
         _print(outcome)
+
+
+def _dry_run(recipe: Recipe, out: Path | None, target: Target, proof: Proof) -> None:
+    """Show what would be written; raise what running would raise from headers alone."""
+    from surgery.recipe.chain import Work, build, open_inputs, to_write
+    from surgery.recipe.checks import Proving, check_requirements, requirements
+    from surgery.recipe.run import check_targets, targets_of
+
+    required = requirements(recipe, verify=proof.verify)
+    targets = targets_of(recipe, out)
+    inputs = open_inputs(recipe, headers_only=True)
+    models = build(recipe, inputs, Work(measure=False))
+    check_requirements(recipe, models, required, Proving(proof.logits, proof.device, proof.dtype))
+    check_targets(targets, inputs, models, overwrite=target.overwrite)
+    plans = {
+        name: planned(
+            to_write(models, name), replace(target, out=path), proof if required else None
+        )
+        for name, path in targets.items()
+    }
+    if target.json:
+        told = {name: {"out": str(targets[name]), **plan} for name, plan in plans.items()}
+        print_json(_output_first(told, recipe.output))
+    else:
+        for name, plan in plans.items():
+            print_plan(plan, targets[name])
+
+
+def _output_first(told: dict[str, dict[str, Any]], output: str) -> dict[str, Any]:
+    """What there is to say of the output, and under `steps` of others that are written too."""
+    others = {name: one for name, one in told.items() if name != output}
+    return {**told[output], **({"steps": others} if others else {})}
 
 
 def _print(outcome: Outcome) -> None:

@@ -39,6 +39,15 @@ class Proof:
 
 def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None:
     """Show what writing `edited` would do; raise what it would raise, but for a full disk."""
+    shown = planned(edited, target, proof)
+    if target.json:
+        print_json(shown)
+    else:
+        print_plan(shown, target.out)
+
+
+def planned(edited: Weights, target: Target, proof: Proof | None = None) -> dict[str, Any]:
+    """What writing `edited` would do, as plain data."""
     from surgery import Checkpoint
     from surgery.writing.plan import free_bytes, plan
     from surgery.writing.write import peak_memory, prepare
@@ -50,11 +59,7 @@ def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None
         from surgery.verification.logits import memory_needed
 
         memory = max(memory, memory_needed(edited, proof.dtype))
-    shown = plan_as_json(layout, free_bytes(target.out), memory)
-    if target.json:
-        print_json(shown)
-    else:
-        print_plan(shown, target.out)
+    return plan_as_json(layout, free_bytes(target.out), memory)
 
 
 def write_edited(

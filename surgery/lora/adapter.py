@@ -54,6 +54,11 @@ class Adapter:
     tokens: Mapping[str, tuple[LazyTensor, tuple[int, ...]]]
 
     @property
+    def paths(self) -> tuple[Path, ...]:
+        """Where it lies."""
+        return (self.source.path,)
+
+    @property
     def tokenizer_files(self) -> dict[str, Path]:
         """The files of the tokenizer that lie beside it."""
         files = sorted(path for path in self.source.path.iterdir() if path.is_file())

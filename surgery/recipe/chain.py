@@ -233,6 +233,8 @@ class _Builder:
             else self._get(name, TaskVector)
             for name in given.vectors
         ]
+        if not self.work.measure:  # whose they are is told by their base's weights
+            vectors = [replace(vector, base=base) for vector in vectors]
         return apply(base, *vectors, scale=given.scale)
 
     def _lora(self, given: LoraArguments) -> LoraAdapter:
@@ -250,7 +252,8 @@ class _Builder:
         for item in given.blocks:
             model = self._model(item.model)
             depth = model.anatomy.stacks[main_stack(model)]
-            blocks += [(model, at) for at in parse_layers(str(item.layers), depth)]
+            for part in str(item.layers).split(","):  # one after another, as they are written
+                blocks += [(model, at) for at in parse_layers(part, depth)]
         outside = {
             name: self._model(value)
             for name in ("before", "after")

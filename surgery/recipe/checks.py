@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError
-from surgery.recipe.chain import Model, Work
+from surgery.recipe.chain import KINDS, Model, Work
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import ExpandArguments, GrowArguments, Recipe, Requirement
 from surgery.verification import (
@@ -65,6 +65,25 @@ def requirements(recipe: Recipe, *, verify: bool) -> list[tuple[Requirement, Ste
     return [(r, at) for r, at in promised if r.same not in given] + own
 
 
+def check_requirements(
+    recipe: Recipe,
+    models: Mapping[str, Model],
+    required: Sequence[tuple[Requirement, Steps]],
+    proving: Proving,
+) -> None:
+    """Raise ArgumentError where something can't be looked at. Nothing is compared yet."""
+    problems = []
+    for requirement, at in required:
+        if requirement.compare and not proving.logits:
+            problems.append(recipe.document.problem(at, "this takes logits, which are left out"))
+        problems += [
+            recipe.document.problem(at, f"{name} is {KINDS[type(models[name])]}, which computes nothing")
+            for name in requirement.pair
+            if not isinstance(models[name], Checkpoint)
+        ]
+    ArgumentError.raise_if(problems)
+
+
 def check(
     recipe: Recipe,
     models: Mapping[str, Model],
@@ -72,18 +91,7 @@ def check(
     proving: Proving,
     work: Work,
 ) -> list[Check]:
-    """Compare the models that the requirements name. Raises ArgumentError where one can't be
-    looked at."""
-    problems = []
-    for requirement, at in required:
-        if requirement.compare and not proving.logits:
-            problems.append(recipe.document.problem(at, "this takes logits, which are left out"))
-        problems += [
-            recipe.document.problem(at, f"{name} is no model, and computes nothing")
-            for name in requirement.pair
-            if not isinstance(models[name], Checkpoint)
-        ]
-    ArgumentError.raise_if(problems)
+    """Compare the models that the requirements name."""
     return [_check(recipe, models, requirement, at, proving, work) for requirement, at in required]
 
 

@@ -7,23 +7,28 @@ given twice is an error and doesn't replace the first.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import yaml
 
 from surgery.errors import NotFoundError, RecipeError
 
 MOST_BYTES = 1_000_000
-MOST_NODES = 100_000
+MOST_NODES = 20_000
 """More than any recipe has, and little enough to hold whatever the aliases make of it."""
 DEEPEST = 50
+LONGEST_NUMBER = 200
+"""Characters, hexadecimal ones too: what is shorter fits into a float64."""
 TAG = "tag:yaml.org,2002:"
-KINDS = ("str", "int", "float", "bool", "null", "timestamp", "merge")
+NUMBERS = ("int", "float")
+KINDS = ("str", *NUMBERS, "bool", "null", "timestamp", "merge")
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 """1e-5 is a number to everybody but YAML 1.1, which wants a dot."""
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff]")
+"""Escapes in quoted text can make these, which no name and no path can hold."""
 
 Steps = tuple[str | int, ...]
 """Keys and positions that lead to a value: ("steps", "merged", "merge", "models", 0)."""
@@ -69,15 +74,20 @@ def read_documents(path: str | Path) -> list[Document]:
 def parse_documents(text: str, path: str) -> list[Document]:
     """The documents in `text`, which `path` stands for in messages. Empty ones are left out."""
     try:
-        nodes = list(yaml.compose_all(text, Loader=yaml.SafeLoader))
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark is not None else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}{line}: this isn't YAML: {reason}") from error
-    except (RecursionError, ValueError) as error:
+        nodes = list(_Composer(text, path).nodes())
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise RecipeError(
+            f"{path}:{line}: this isn't YAML: the character {chr(error.character)!r} isn't allowed"
+        ) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f":{mark.line + 1}" if mark is not None else ""
+        reason = error.problem or error.context
+        raise RecipeError(f"{path}{at}: this isn't YAML: {reason}") from error
+    except ValueError as error:  # "\U00110000", a character that there isn't
         raise RecipeError(f"{path}: this can't be read as YAML: {error}") from error
-    return [_Reader(path).document(node) for node in nodes if not _empty(node)]
+    return [_Reader(path).document(node) for node in nodes if node is not None and not _empty(node)]
 
 
 def parse_value(text: str) -> Any:
@@ -86,8 +96,38 @@ def parse_value(text: str) -> Any:
     return found[0].data if found else None
 
 
-def _empty(node: yaml.Node | None) -> bool:
-    return node is None or (node.tag.endswith(":null") and not node.value)
+def _empty(node: yaml.Node) -> bool:
+    return node.tag == TAG + "null" and not node.value
+
+
+class _Composer(yaml.SafeLoader):
+    """Composes nodes, and stops where there are too many or they lie too deep."""
+
+    def __init__(self, text: str, path: str) -> None:
+        super().__init__(text)
+        self.path = path
+        self.count = 0
+        self.depth = 0
+
+    def nodes(self) -> Iterator[yaml.Node | None]:
+        while self.check_node():
+            yield self.get_node()
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.count += 1
+        self.depth += 1
+        if self.count > MOST_NODES or self.depth > DEEPEST:
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            _too_much(self.path, mark.line + 1)
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        return node
+
+
+def _too_much(path: str, line: int) -> NoReturn:
+    raise RecipeError(
+        f"{path}:{line}: this has too many values, or they are nested too deeply, to be a recipe"
+    )
 
 
 class _Reader:
@@ -110,10 +150,7 @@ class _Reader:
         here = node.start_mark.line + 1
         self.lines[steps] = here if line is None else line
         if self.nodes > MOST_NODES or len(steps) > DEEPEST:
-            raise RecipeError(
-                f"{self.path}:{here}: this has too many values, or they are nested too deeply, "
-                f"to be a recipe"
-            )
+            _too_much(self.path, here)
         if isinstance(node, yaml.ScalarNode):
             return self._scalar(node, here)
         if isinstance(node, yaml.SequenceNode):
@@ -130,11 +167,11 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 self.problems.append(f"{self.path}:{line}: a key has to be a word")
                 continue
-            key = self._scalar(key_node, line)
-            if key == "<<":
+            if key_node.tag == TAG + "merge":
                 self.problems.append(f"{self.path}:{line}: merge keys (<<) aren't supported")
                 continue
-            name = str(key)
+            self._scalar(key_node, line)
+            name = key_node.value  # as it is written: a step may be called `on` or `1`
             if name in made:
                 self.problems.append(f"{self.path}:{line}: {name} is given a second time")
             made[name] = self._value(value_node, (*steps, name), line)
@@ -145,15 +182,23 @@ class _Reader:
         if node.tag == kind or kind not in KINDS:
             self.problems.append(f"{self.path}:{line}: the tag {node.tag} isn't allowed")
             return None
-        if kind == "merge":
-            return "<<"
+        if bad := UNPRINTABLE.search(node.value):
+            self.problems.append(
+                f"{self.path}:{line}: the character {bad.group()!r} isn't allowed in text"
+            )
+            return None
         if kind == "str" and node.style is None and EXPONENT.fullmatch(node.value):
             return float(node.value)
-        if kind in ("str", "timestamp"):
+        # 1:30 is ninety to YAML 1.1 alone
+        if kind in ("str", "timestamp", "merge") or (kind in NUMBERS and ":" in node.value):
             return node.value
+        if kind == "null":
+            return None
         try:
+            if kind in NUMBERS and len(node.value) > LONGEST_NUMBER:
+                raise ValueError
             return self.scalars.construct_object(node)
-        except (ValueError, yaml.YAMLError):
+        except (ValueError, LookupError):  # LookupError: !!int "", !!bool maybe
             self.problems.append(f"{self.path}:{line}: {node.value[:40]!r} is no {kind}")
             return None
 

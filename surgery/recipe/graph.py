@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
 from surgery.recipe.schema import Step
+
+LONGEST_CHAIN = 50
+"""Steps, each of which takes the one before. Rows are computed through all of them at once, which
+takes some six calls for each."""
 
 
 class Problems(list[str]):
@@ -17,32 +20,35 @@ class Problems(list[str]):
         self.document = document
 
     def add(self, at: Steps, text: str) -> None:
-        self.append(self.document.problem(at, text))
+        if (problem := self.document.problem(at, text)) not in self:
+            self.append(problem)
 
 
-def ordered(steps: Sequence[Step], inputs: Mapping[str, str], problems: Problems) -> list[Step]:
-    """The steps, each after those that it refers to. A name that isn't there and a cycle are
-    problems."""
+def ordered(steps: Sequence[Step], problems: Problems) -> list[Step]:
+    """The steps, each after those that it refers to. A cycle is a problem, and so is a chain that
+    is too long."""
     by_name = {step.name: step for step in steps}
-    known = [*inputs, *by_name]
-    for step in steps:
-        for at, name in step.arguments.references():
-            if name not in known:
-                problems.add((*step.at, *at), unknown("input or step", name, known))
-    ordered: dict[str, Step] = {}
+    depths: dict[str, int] = {}
 
-    def visit(step: Step, above: tuple[str, ...]) -> None:
+    def visit(step: Step, above: tuple[str, ...]) -> int:
+        """How many steps the longest chain has that ends with this one."""
         if step.name in above:
             circle = " -> ".join((*above[above.index(step.name) :], step.name))
             problems.add(step.at[:2], f"steps refer to each other in a circle: {circle}")
-            return
-        if step.name in ordered:
-            return
-        for _, name in step.arguments.references():
-            if name in by_name:
-                visit(by_name[name], (*above, step.name))
-        ordered.setdefault(step.name, step)
+            return 0
+        if step.name in depths or len(above) > LONGEST_CHAIN:
+            return depths.get(step.name, LONGEST_CHAIN)
+        needed = [by_name[name] for _, name in step.arguments.references() if name in by_name]
+        depth = 1 + max((visit(other, (*above, step.name)) for other in needed), default=0)
+        if depth == LONGEST_CHAIN + 1:
+            problems.add(
+                step.at[:2],
+                f"this takes a chain of more than {LONGEST_CHAIN} steps: write one of them, and go "
+                f"on from there in another recipe",
+            )
+        depths[step.name] = depth
+        return depth
 
     for step in steps:
         visit(step, ())
-    return list(ordered.values())
+    return [by_name[name] for name in depths]

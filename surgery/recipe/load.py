@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-from pydantic import ValidationError
 
 from surgery.errors import RecipeError
 from surgery.merging.methods import METHODS
 from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps, parse_value, read_documents
 from surgery.recipe.graph import Problems, ordered
+from surgery.recipe.parsing import parsed
 from surgery.recipe.schema import OPERATIONS, MergeArguments, Recipe, Requirement, Step
 from surgery.recipe.settings import Setting, parse_setting
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
+Settings = dict[str, Setting | tuple[Setting | None, ...]]
 TOP = ("inputs", "steps", "output", "require", "description")
 
 
@@ -61,8 +61,8 @@ def _with(data: Any, keys: list[str], value: Any, change: str) -> Any:
         at = int(key)
         return [*data[:at], _with(data[at], rest, value, change), *data[at + 1 :]]
     if not isinstance(data, Mapping) or (rest and key not in data):
-        near = unknown("key", key, list(data) if isinstance(data, Mapping) else [])
-        raise RecipeError(f"--set {change}: {near}")
+        known = list(map(str, range(len(data)))) if isinstance(data, list) else _names(data)
+        raise RecipeError(f"--set {change}: {unknown('key', key, known)}")
     return {**data, key: _with(data.get(key), rest, value, change)}
 
 
@@ -76,23 +76,53 @@ def _recipe(document: Document) -> Recipe:
             problems.add((key,), unknown("key", key, TOP))
     inputs = _inputs(data.get("inputs", {}), problems)
     steps = _steps(data.get("steps"), problems)
-    for name in inputs.keys() & {step.name for step in steps}:
-        problems.add(("steps", name), f"{name} is an input already")
     requirements = _requirements(data.get("require", []), problems)
-    in_order = ordered(steps, inputs, problems)
-    output = data.get("output", steps[-1].name if steps else "")
-    if not isinstance(output, str) or output not in {step.name for step in steps}:
-        problems.add(
-            ("output",),
-            unknown("step", str(output), [step.name for step in steps]) if steps else "no step",
-        )
-    known = [*inputs, *(step.name for step in steps)]
-    for requirement, at in requirements:
-        for name in requirement.pair:
-            if name not in known:
-                problems.add(at, unknown("input or step", name, known))
+    _check_names(data, problems)
+    in_order = ordered(steps, problems)
     RecipeError.raise_if(problems)
+    output = data.get("output", steps[-1].name)
     return Recipe(inputs, tuple(in_order), output, tuple(requirements), document)
+
+
+def _check_names(data: Mapping[str, Any], problems: Problems) -> None:
+    """That every name stands for one thing, and that what is referred to is there, if it is wrong
+    in itself or not."""
+    inputs, steps = _names(data.get("inputs")), _names(data.get("steps"))
+    known = [*inputs, *steps]
+    for name in steps:
+        if name in inputs:
+            problems.add(("steps", name), f"{name} is an input already")
+    if steps and data.get("output", steps[-1]) not in steps:
+        problems.add(("output",), unknown("step", str(data["output"]), steps))
+    for at, name in _references(data):
+        if name not in known:
+            problems.add(at, unknown("input or step", name, known))
+
+
+def _references(data: Mapping[str, Any]) -> Iterator[tuple[Steps, str]]:
+    """Every name that steps and requirements refer to, and where."""
+    for step, body in _items(data.get("steps")):
+        for operation, given in _items(body):
+            if operation in OPERATIONS and isinstance(given, Mapping):
+                for at, name in OPERATIONS[operation].references_in(given):
+                    yield ("steps", step, operation, *at), name
+    required = data.get("require")
+    for number, item in enumerate(required if isinstance(required, list) else ()):
+        for key, names in _items(item):
+            if key in ("same", "compare") and isinstance(names, list):
+                yield from (
+                    (("require", number, key, at), name)
+                    for at, name in enumerate(names)
+                    if isinstance(name, str)
+                )
+
+
+def _items(given: Any) -> list[tuple[str, Any]]:
+    return list(given.items()) if isinstance(given, Mapping) else []
+
+
+def _names(given: Any) -> list[str]:
+    return list(given) if isinstance(given, Mapping) else []
 
 
 def _inputs(given: Any, problems: Problems) -> dict[str, str]:
@@ -132,55 +162,34 @@ def _step(name: str, body: Any, problems: Problems) -> Step | None:
         return None
     operation = operations[0]
     at_arguments = (*at, operation)
-    arguments = _parsed(OPERATIONS[operation], body[operation], at_arguments, problems)
+    arguments = parsed(OPERATIONS[operation], body[operation], at_arguments, problems)
+    given = body[operation]
+    arguments = parsed(OPERATIONS[operation], given, at_arguments, problems)
+    settings: Settings = {}
+    if operation == "merge" and isinstance(given, Mapping):
+        settings = _settings(given, at_arguments, problems)
     write = body.get("write")
-    if write is not None and not isinstance(write, str):
+    if write is not None and (not isinstance(write, str) or not write):
         problems.add((*at, "write"), f"{write!r} is no directory")
-        write = None
     if arguments is None:
         return None
-    settings = {}
-    if isinstance(arguments, MergeArguments):
-        settings = _settings(arguments, at_arguments, problems)
     return Step(name, operation, arguments, at_arguments, write, settings)
 
 
-def _parsed(kind: type[Any], given: Any, at: Steps, problems: Problems) -> Any:
-    """`given` as a model of pydantic's, or None with its mistakes noted."""
-    try:
-        return kind.model_validate(given)
-    except ValidationError as error:
-        for found in error.errors():
-            # a choice of types adds the name of the type that was tried to the place
-            place = (*at, *found["loc"])
-            while len(place) > len(at) and place not in problems.document.lines:
-                place = place[:-1]
-            last = str(found["loc"][-1]) if found["loc"] else ""
-            if found["type"] == "extra_forbidden":
-                text = unknown("key", last, list(kind.model_fields))
-            elif found["type"] == "missing":
-                text = f"{last} is missing"
-            else:
-                text = found["msg"].removeprefix("Value error, ")
-                if place == at and last and last in kind.model_fields:
-                    text = f"{last}: {text}"
-            if (problem := problems.document.problem(place, text)) not in problems:
-                problems.append(problem)
-        return None
-
-
-def _settings(
-    arguments: MergeArguments, at: Steps, problems: Problems
-) -> dict[str, Setting | tuple[Setting | None, ...]]:
+def _settings(given: Mapping[str, Any], at: Steps, problems: Problems) -> Settings:
     """The parameters of a merge. One that is per model may be given for all models, as a list
     with one for each, or beside each model."""
-    if arguments.method not in METHODS:
-        problems.add((*at, "method"), unknown("merge method", arguments.method, METHODS))
+    method = given.get("method")
+    if not isinstance(method, str):
         return {}
-    known = {parameter.name: parameter for parameter in METHODS[arguments.method].parameters}
-    keys = [*known, *MergeArguments.model_fields]
-    count = len(arguments.models)
-    settings: dict[str, Setting | tuple[Setting | None, ...]] = {}
+    if method not in METHODS:
+        problems.add((*at, "method"), unknown("merge method", method, METHODS))
+        return {}
+    known = {parameter.name: parameter for parameter in METHODS[method].parameters}
+    fields = MergeArguments.model_fields
+    shared = {name: value for name, value in given.items() if name not in fields}
+    models = given["models"] if isinstance(given.get("models"), list) else []
+    settings: Settings = {}
 
     def parse(value: Any, place: Steps) -> Setting | None:
         try:
@@ -189,32 +198,34 @@ def _settings(
             problems.add(place, str(error))
             return None
 
-    for name, value in (arguments.__pydantic_extra__ or {}).items():
+    for name, value in shared.items():
         place = (*at, name)
         if name not in known:
-            problems.add(place, unknown(f"parameter of {arguments.method}", name, keys))
+            problems.add(place, unknown(f"parameter of {method}", name, [*known, *fields]))
         elif known[name].per_model and isinstance(value, list):
-            if len(value) != count:
+            if models and len(value) != len(models):
                 problems.add(
                     place,
-                    f"this has {len(value)} values, and there are {count} models: give one for "
-                    f"each, which may be a list over depth: [[0, 1], [1, 0]]",
+                    f"this has {len(value)} values, and there are {len(models)} models: give one "
+                    f"for each, which may be a list over depth: [[0, 1], [1, 0]]",
                 )
             settings[name] = tuple(parse(v, (*place, i)) for i, v in enumerate(value))
         elif (one := parse(value, place)) is not None:
             settings[name] = one
-    for number, item in enumerate(arguments.models):
-        own = {} if isinstance(item, str) else item.parameters
-        for name, value in own.items():
+    for number, item in enumerate(models):
+        for name, value in _items(item):
             place = (*at, "models", number, name)
+            if name == "model":
+                continue
             if name not in known:
-                problems.add(place, unknown(f"parameter of {arguments.method}", name, known))
+                own = [p.name for p in known.values() if p.per_model]
+                problems.add(place, unknown(f"parameter of {method}", name, [*own, "model"]))
             elif not known[name].per_model:
                 problems.add(place, f"{name} is one for all models: give it beside them")
-            elif name in (arguments.__pydantic_extra__ or {}):
+            elif name in shared:
                 problems.add(place, f"{name} is given for all models as well")
             else:
-                before = settings.get(name) or (None,) * count
+                before = settings.get(name) or (None,) * len(models)
                 assert isinstance(before, tuple)
                 one = parse(value, place)
                 settings[name] = (*before[:number], one, *before[number + 1 :])
@@ -228,6 +239,6 @@ def _requirements(given: Any, problems: Problems) -> list[tuple[Requirement, Ste
     found = []
     for number, item in enumerate(given):
         at: Steps = ("require", number)
-        if (requirement := _parsed(Requirement, item, at, problems)) is not None:
+        if (requirement := parsed(Requirement, item, at, problems)) is not None:
             found.append((requirement, at))
     return found

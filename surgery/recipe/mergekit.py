@@ -118,7 +118,7 @@ def translate(documents: Sequence[Document]) -> Recipe:
         steps += one.steps
         if not document.data.get("name"):
             unnamed.append(name)
-    in_order = ordered(steps, inputs, problems)
+    in_order = ordered(steps, problems)
     RecipeError.raise_if(problems)
     data = [d.data for d in documents]
     whole = Document(documents[0].path, data[0] if len(data) == 1 else data, documents[0].lines)

@@ -11,12 +11,13 @@ from typing import Any
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
 from surgery.recipe.chain import Model, Work, build, open_inputs, to_write
-from surgery.recipe.checks import Check, Proving, check, requirements
+from surgery.recipe.checks import Check, Proving, check, check_requirements, requirements
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
 from surgery.verification.report import Case, write_report
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
-from surgery.writing.write import Written, check_space, prepare, write
+from surgery.writing.staging import check_target
+from surgery.writing.write import Written, check_space, write
 
 
 @dataclass(frozen=True)
@@ -50,16 +51,19 @@ def run_recipe(
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
     """
-    work = work or Work()
-    inputs = open_inputs(recipe)
-    targets = _targets(recipe, out)
-    planned = build(recipe, inputs, Work(measure=False))
-    for name, target in targets.items():
-        prepare(to_write(planned, name), target, overwrite=overwrite)
-        check_space(plan(to_write(planned, name), max_shard_bytes=max_shard_bytes), target)
-    models = build(recipe, inputs, work)
+    work, proving = work or Work(), proving or Proving()
     required = requirements(recipe, verify=verify)
-    checks = check(recipe, models, required, proving or Proving(), work)
+    targets = targets_of(recipe, out)
+    _check_report(report, targets)
+    inputs = open_inputs(recipe)
+    planned = build(recipe, inputs, Work(measure=False))
+    check_requirements(recipe, planned, required, proving)
+    check_targets(targets, inputs, planned, overwrite=overwrite)
+    for name, target in targets.items():
+        layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
+        check_space(layout, target)
+    models = build(recipe, inputs, work)
+    checks = check(recipe, models, required, proving, work)
     if report is not None:
         cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
         write_report(Path(report), recipe.document.path, cases)
@@ -84,16 +88,15 @@ def run_recipe(
     return Outcome(tuple(checks), written)
 
 
-def _targets(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:
-    """Where what is written, the output last."""
+def targets_of(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:
+    """Where what is written, the output last. Raises ArgumentError or OutputError."""
     targets = {s.name: Path(s.write).absolute() for s in recipe.steps if s.write is not None}
-    if out is not None:
-        targets.pop(recipe.output, None)
-        targets[recipe.output] = Path(out).absolute()
-    if recipe.output not in targets:
+    own = targets.pop(recipe.output, None)
+    if out is None and own is None:
         raise ArgumentError(
             f"where is {recipe.output} to be written? Give -o OUT, or the step a `write: OUT`"
         )
+    targets[recipe.output] = Path(out or own or "").absolute()
     places = list(targets.items())
     OutputError.raise_if(
         f"{one} and {other} would be written to {a} and {b}, one in the other"
@@ -102,6 +105,27 @@ def _targets(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:
         if a == b or a in b.parents or b in a.parents
     )
     return targets
+
+
+def check_targets(
+    targets: Mapping[str, Path],
+    inputs: Mapping[str, Model],
+    planned: Mapping[str, Model],
+    *,
+    overwrite: bool,
+) -> None:
+    """Raise OutputError, with all that is wrong, if a target exists or could harm an input: its
+    own or that of another step, which is read after it was written."""
+    every = [path for model in inputs.values() for path in model.paths]
+    problems: list[str] = []
+    for name, target in targets.items():
+        try:
+            check_target(
+                target, dict.fromkeys([*every, *to_write(planned, name).paths]), overwrite=overwrite
+            )
+        except OutputError as error:
+            problems += error.problems
+    OutputError.raise_if(dict.fromkeys(problems))
 
 
 def _again(models: Mapping[str, Model], name: str, bases: Sequence[str], work: Work) -> Any:
@@ -128,3 +152,19 @@ def _verification(checks: Sequence[Check]) -> dict[str, Any] | None:
         "summary": "; ".join(f"{one.name}: {one.verification.summary}" for one in checks),
         "checks": [one.as_json() for one in checks],
     }
+
+
+def _check_report(report: str | Path | None, targets: Mapping[str, Path]) -> None:
+    """Raise OutputError if the report couldn't be written, or would be where an output goes."""
+    if report is None:
+        return
+    path = Path(report).absolute()
+    if path.is_dir() or not path.parent.is_dir():
+        why = "that is a directory" if path.is_dir() else f"there is no directory {path.parent}"
+        raise OutputError(f"the report can't be written to {report}: {why}")
+    OutputError.raise_if(
+        f"the report {report} would be inside {target}, which is written as a whole: choose "
+        f"another place"
+        for target in targets.values()
+        if target in path.parents
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
@@ -22,14 +22,27 @@ class Arguments(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, arbitrary_types_allowed=True)
     refers: ClassVar[tuple[str, ...]] = ()
 
+    @classmethod
+    def references_in(cls, given: Mapping[str, Any]) -> Iterator[tuple[Steps, str]]:
+        """Every name that arguments refer to, and where in them it stands. They may be wrong in
+        other ways."""
+        for name in cls.refers:
+            yield from _names_in(given.get(name), (name,))
+
     def references(self) -> Iterator[tuple[Steps, str]]:
         """Every name that is referred to, and where in the arguments it stands."""
-        for name in self.refers:
-            value = getattr(self, name)
-            if isinstance(value, str):
-                yield (name,), value
-            elif isinstance(value, list):
-                yield from (((name, at), item) for at, item in enumerate(value))
+        return self.references_in(self.model_dump())
+
+
+def _names_in(value: Any, at: Steps) -> Iterator[tuple[Steps, str]]:
+    """Names: one, several, or those of the models in tables."""
+    if isinstance(value, str):
+        yield at, value
+    elif isinstance(value, Mapping):
+        yield from _names_in(value.get("model"), (*at, "model"))
+    elif isinstance(value, list) and len(at) == 1:
+        for number, item in enumerate(value):
+            yield from _names_in(item, (*at, number))
 
 
 class Source(BaseModel):
@@ -38,15 +51,12 @@ class Source(BaseModel):
     model_config = ConfigDict(extra="allow", strict=True)
     model: str
 
-    @property
-    def parameters(self) -> dict[str, Any]:
-        return dict(self.__pydantic_extra__ or {})
-
 
 class MergeArguments(Arguments):
     """`merge`: every further key is a parameter of the method."""
 
     model_config = ConfigDict(extra="allow", strict=True, arbitrary_types_allowed=True)
+    refers = ("base", "models", "tokenizer")
 
     models: list[str | Source] = Field(min_length=1)
     base: str | None = None
@@ -62,21 +72,18 @@ class MergeArguments(Arguments):
         """The models, by name."""
         return [item if isinstance(item, str) else item.model for item in self.models]
 
-    def references(self) -> Iterator[tuple[Steps, str]]:
-        if self.base is not None:
-            yield ("base",), self.base
-        yield from (
-            (("models", at) if isinstance(item, str) else ("models", at, "model"), name)
-            for at, (item, name) in enumerate(zip(self.models, self.names, strict=True))
-        )
-        if self.tokenizer not in (None, "base", "union"):
-            yield ("tokenizer",), self.tokenizer or ""
+    @classmethod
+    def references_in(cls, given: Mapping[str, Any]) -> Iterator[tuple[Steps, str]]:
+        for at, name in super().references_in(given):
+            if at != ("tokenizer",) or name not in ("base", "union"):
+                yield at, name
 
-    @model_validator(mode="after")
-    def _lines_are_two(self) -> MergeArguments:
-        if isinstance(self.lines, list) and len(self.lines) != 2:
+    @field_validator("lines")
+    @classmethod
+    def _are_two(cls, value: Any) -> Any:
+        if isinstance(value, list) and len(value) != 2:
             raise ValueError("lines is auto, or alpha and beta: [0.3, 0.7]")
-        return self
+        return value
 
 
 class LinesArguments(Arguments):
@@ -156,7 +163,7 @@ class LoraArguments(Arguments):
 
 
 class Blocks(BaseModel):
-    """Blocks of one model, by number: "0-23", "-4--1", "all"."""
+    """Blocks of one model, by number and in that order: "0-23", "-4--1", "0-7,4-11", "all"."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
     model: str
@@ -166,15 +173,11 @@ class Blocks(BaseModel):
 class ComposeArguments(Arguments):
     """`compose`: blocks of several models, one after another."""
 
+    refers = ("blocks", "before", "after")
+
     blocks: list[Blocks] = Field(min_length=1)
     before: str | None = None
     after: str | None = None
-
-    def references(self) -> Iterator[tuple[Steps, str]]:
-        yield from ((("blocks", at, "model"), item.model) for at, item in enumerate(self.blocks))
-        for name in ("before", "after"):
-            if (value := getattr(self, name)) is not None:
-                yield (name,), value
 
 
 OPERATIONS: Mapping[str, type[Arguments]] = {

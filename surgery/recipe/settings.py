@@ -105,15 +105,24 @@ def parse_setting(value: Any) -> Setting:
         return Constant(value)
     if isinstance(value, list):
         if not value or not all(_is_number(item) for item in value):
-            raise ValueError(f"{value!r} isn't a list of numbers, from the first block to the last")
+            raise ValueError(
+                f"{shortened(value)} isn't a list of numbers, from the first block to the last"
+            )
         return Gradient(tuple(map(float, value)))
     if isinstance(value, Mapping):
         if not value:
             raise ValueError("there is no rule")
         return Rules(tuple(_rule(str(key), item) for key, item in value.items()))
     raise ValueError(
-        f"{value!r} is neither a number, nor a list of them over depth, nor rules by role or name"
+        f"{shortened(value)} is neither a number, nor a list of them over depth, nor rules by role "
+        f"or name"
     )
+
+
+def shortened(value: Any) -> str:
+    """A value for a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
 
 
 def _rule(key: str, value: Any) -> Rule:
