@@ -17,11 +17,11 @@ from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError
 from surgery.merging.finite import finite
 from surgery.merging.job import Job
-from surgery.merging.mergeable import Lines, check_arguments, check_together
 from surgery.merging.methods import Method, find_method, joint_problems
 from surgery.merging.parameters import resolve, unknown
 from surgery.operations.dtype import main_dtype, with_dtype
 from surgery.operations.lines import depth_scale, scale_of
+from surgery.operations.mergeable import Lines, check_arguments, check_together
 from surgery.operations.vocabulary import Tokenizer, align_vocabulary, check_same_tokens
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
-from surgery.merging.mergeable import MATCH_ROWS
+from surgery.operations.mergeable import MATCH_ROWS
 from surgery.operations.pairs import check_unquantized
 from surgery.vocabulary.places import resized_config, token_tensors, unknown_token_tensors
 from surgery.vocabulary.rows import Matching, Rows, unmoved

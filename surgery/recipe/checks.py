@@ -77,7 +77,9 @@ def check_requirements(
         if requirement.compare and not proving.logits:
             problems.append(recipe.document.problem(at, "this takes logits, which are left out"))
         problems += [
-            recipe.document.problem(at, f"{name} is {KINDS[type(models[name])]}, which computes nothing")
+            recipe.document.problem(
+                at, f"{name} is {KINDS[type(models[name])]}, which computes nothing"
+            )
             for name in requirement.pair
             if not isinstance(models[name], Checkpoint)
         ]
