@@ -22,7 +22,7 @@ from surgery.tensor import LazyTensor
 
 Inputs = tuple[LazyTensor, ...]
 Bounds = tuple[float, float]
-SAMPLE_ROWS, SAMPLE_ELEMENTS = 128, 1 << 17
+SAMPLE_ROWS, SAMPLE_ELEMENTS = 128, 1 << 16
 """At least so many rows, and so many numbers, are looked at to guess where a threshold is."""
 SAME = 1e-12
 """A sum of coefficients within this of 1 is 1: a merge of a model with itself is itself."""
@@ -102,7 +102,7 @@ def _magnitudes(
     """The magnitude of each (model, rank) of the task vectors, in one pass over them if a sample
     is as good as most are."""
     models = sorted({at for at, _ in wanted})
-    samples = {at: _sample((inputs[0], inputs[1 + at]), compute) for at in models}
+    samples = _samples(inputs, models, compute)
     windows = {
         (at, rank): Window(rank, inputs[0].numel, samples[at]) for at, rank in sorted(wanted)
     }
@@ -137,22 +137,31 @@ def _count_magnitudes(
             counter.count(sizes[at])
 
 
-def _sample(pair: Inputs, compute: torch.dtype) -> numpy.ndarray:
-    """Magnitudes of a task vector, sorted: of rows from all over the tensor, or of all of it."""
-    tensor = pair[0]
-    rows = max(SAMPLE_ROWS, -(-SAMPLE_ELEMENTS // tensor.width))
-    starts = range(0, tensor.rows, max(1, tensor.rows // rows))
+def _samples(
+    inputs: Inputs, models: Sequence[int], compute: torch.dtype
+) -> dict[int, numpy.ndarray]:
+    """Magnitudes of the models' task vectors, sorted: some of rows from all over the tensor, or
+    all of a small one."""
+    if not models:
+        return {}
+    first = inputs[0]
+    rows = max(SAMPLE_ROWS, -(-SAMPLE_ELEMENTS // first.width))
+    starts = range(0, first.rows, max(1, first.rows // rows))
     spans: Iterable[tuple[int, int]] = ((at, at + 1) for at in starts)
-    if tensor.numel <= BLOCK_ELEMENTS or not all(part.streams for part in pair):
-        spans = ranges(pair)
-    elif tensor.width == 1:  # rows of one aren't worth a read each
-        step = BLOCK_ELEMENTS // 16
-        spans = ((at, at + step) for at in range(0, tensor.rows - step, tensor.rows // 4))
-    parts = []
+    step = max(1, first.width * len(starts) // SAMPLE_ELEMENTS)
+    if first.numel <= BLOCK_ELEMENTS or not all(tensor.streams for tensor in inputs):
+        spans, step = ranges(inputs), 1
+    elif first.width == 1:  # rows of one aren't worth a read each
+        length = BLOCK_ELEMENTS // 16
+        spans = ((at, at + length) for at in range(0, first.rows - length, first.rows // 4))
+        step = 1
+    parts: dict[int, list[numpy.ndarray]] = {at: [] for at in models}
     for start, stop in spans:
-        _, taus = updates(pair[0].read(start, stop), [pair[1].read(start, stop)], compute)
-        parts.append(taus[0].abs_().reshape(-1).numpy())
-    return numpy.sort(numpy.concatenate(parts))
+        tuned = [inputs[1 + at].read(start, stop) for at in models]
+        _, taus = updates(first.read(start, stop), tuned, compute)
+        for at, tau in zip(models, taus, strict=True):
+            parts[at].append(tau.reshape(-1)[::step].abs().numpy())
+    return {at: numpy.sort(numpy.concatenate(found)) for at, found in parts.items()}
 
 
 def selected_shares(
