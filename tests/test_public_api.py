@@ -34,6 +34,7 @@ def test_every_error_has_an_exit_code_of_its_branch() -> None:
         "NotFoundError": 3,
         "FormatError": 3,
         "MismatchError": 3,
+        "RecipeError": 3,
         "UnsupportedError": 4,
         "OutputError": 5,
         "VerificationError": 6,

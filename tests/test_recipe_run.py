@@ -100,8 +100,10 @@ steps:
         [
             "merge {base} {a} {b} --method dare_ties --density 0.4,0.7 --seed 5",
             "lines {base} {1} --alpha 0.3 --beta 0.6",
-            "grow {2} --factor 1.5 --layers 1,-1 --choose random --seed 2 --break-symmetry 0.01 "
-            "--no-verify",
+            (
+                "grow {2} --factor 1.5 --layers 1,-1 --choose random --seed 2 "
+                "--break-symmetry 0.01 --no-verify"
+            ),
         ],
     ),
     "automatic lines in the middle": (

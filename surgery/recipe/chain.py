@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import MismatchError, RecipeError, SurgeryError
+from surgery.errors import ArgumentError, MismatchError, RecipeError, SurgeryError
 from surgery.hub import Source
 from surgery.merging.methods import find_method
 from surgery.opening import open_checkpoint
@@ -141,6 +141,8 @@ class _Builder:
         fixed = {name: s.value for name, s in settings.items() if isinstance(s, Constant)}
         varying = {name: s for name, s in settings.items() if not isinstance(s, Constant)}
         scaling: Any = tuple(given.lines) if isinstance(given.lines, list) else given.lines
+        if scaling is not None and "lambda" in varying:
+            raise ArgumentError("lines has beta in the place of lambda, one number for all tensors")
         if scaling == "auto" and not self.work.measure:
             scaling = (1.0, fixed.pop("lambda", 1.0))  # any: what is planned doesn't depend on it
         per_tensor = None

@@ -13,7 +13,16 @@ from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
 from surgery.recipe.graph import Problems, ordered
 from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
-from surgery.recipe.settings import Constant, Gradient, Layered, Rule, Rules, Setting
+from surgery.recipe.settings import (
+    Constant,
+    Gradient,
+    Layered,
+    Rule,
+    Rules,
+    Setting,
+    is_number,
+    shortened,
+)
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
@@ -360,16 +369,18 @@ def _parameters(one: _Translation, given: Any, at: Steps, method: Method) -> dic
 
 def _setting(value: Any) -> Setting:
     """A number, a gradient, or conditions by what a name contains."""
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, bool) or is_number(value):
         return Constant(value)
     if isinstance(value, Mapping):
         return Rules((_condition(value),))
     if isinstance(value, list) and value:
         if all(isinstance(item, Mapping) for item in value):
             return Rules(tuple(_condition(item) for item in value))
-        if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in value):
+        if all(map(is_number, value)):
             return Gradient(tuple(map(float, value)))
-    raise ValueError(f"{value!r} is neither a number, nor a list of them, nor conditions")
+    raise ValueError(
+        f"{shortened(value)} is neither a finite number, nor a list of them, nor conditions"
+    )
 
 
 def _condition(given: Mapping[str, Any]) -> Rule:
