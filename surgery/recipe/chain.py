@@ -57,7 +57,7 @@ class Work:
 def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Model]:
     """The inputs by name. Raises with everything that is wrong with any of them."""
     opened: dict[str, Model] = {}
-    errors = _Errors(recipe)
+    errors = Errors(recipe)
     for name, reference in recipe.inputs.items():
         with errors.of(("inputs", name)):
             opener = open_task_vector if is_task_vector(reference) else open_checkpoint
@@ -70,7 +70,7 @@ def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, 
     """Inputs and steps by name. Raises with everything that is wrong with any step; steps that
     need one that failed are left out."""
     made: dict[str, Model] = dict(inputs)
-    errors = _Errors(recipe)
+    errors = Errors(recipe)
     for step in recipe.steps:
         if any(name not in made for _, name in step.arguments.references()):
             continue
@@ -80,7 +80,7 @@ def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, 
     return made
 
 
-class _Errors:
+class Errors:
     """Errors from several places, raised together."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -148,7 +148,7 @@ class _Builder:
         per_tensor = None
         if varying:
             first = models[0] if base is None else base
-            per_tensor = _PerTensor(given.method, varying, first, self.step.spans)
+            per_tensor = _PerTensor(self.step, given.method, varying, first)
         size = 4 * models[0].numel if scaling == "auto" else 0
         with self.work.progress("measuring", size) if size else nullcontext() as advance:
             return merge(
@@ -221,17 +221,18 @@ class _PerTensor:
 
     def __init__(
         self,
+        step: Step,
         method: str,
         settings: Mapping[str, Setting | tuple[Setting | None, ...]],
         first: Checkpoint,
-        spans: tuple[int, ...] | None,
     ) -> None:
         self.defaults = {p.name: p.default for p in find_method(method).parameters}
-        self.settings, self.first, self.spans = settings, first, spans
+        self.step, self.settings, self.first = step, settings, first
 
     def __call__(self, name: str) -> Mapping[str, Any]:
         anatomy = self.first.anatomy
-        spot = spot_of(name, anatomy.places.get(name), anatomy, self.spans)
+        place = anatomy.places.get(name)
+        spot = spot_of(name, place, anatomy, self.step.spans, self.step.behind)
         values = {}
         for key, setting in self.settings.items():
             if isinstance(setting, tuple):

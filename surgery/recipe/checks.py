@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, VerificationError
-from surgery.recipe.chain import Model, Work
+from surgery.recipe.chain import Errors, Model, Work
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import ExpandArguments, GrowArguments, Recipe, Requirement
 from surgery.verification import (
@@ -92,8 +92,14 @@ def check(
     proving: Proving,
     work: Work,
 ) -> list[Check]:
-    """Compare the models that the requirements name."""
-    return [_check(recipe, models, requirement, at, proving, work) for requirement, at in required]
+    """Compare the models that the requirements name. Raises with all that can't be compared."""
+    found = []
+    errors = Errors(recipe)
+    for requirement, at in required:
+        with errors.of(at):
+            found.append(_check(recipe, models, requirement, at, proving, work))
+    errors.raise_all()
+    return found
 
 
 def _check(

@@ -145,19 +145,23 @@ def is_number(value: object) -> bool:
 
 
 def spot_of(
-    name: str, place: Place | None, anatomy: Anatomy, spans: Sequence[int] | None = None
+    name: str,
+    place: Place | None,
+    anatomy: Anatomy,
+    spans: Sequence[int] | None = None,
+    behind: float = 1.0,
 ) -> Spot:
     """Where a tensor stands. Without blocks around it, what comes after them (the final norm, the
-    head) is as deep as the last, and all else as the first.
+    head) is as deep as the last, or as `behind` says, and all else as the first.
 
     `spans` are lengths of runs of blocks; depth then counts inside each.
     """
     last = len(spans) - 1 if spans else 0
     if place is None:  # a head that the first model ties to its embedding
-        return Spot(name, Role.HEAD, 1.0, last)
+        return Spot(name, Role.HEAD, behind, last)
     if place.stack is None or place.block is None:
         late = place.role in (Role.NORM, Role.HEAD)
-        return Spot(name, place.role, float(late), last if late else 0)
+        return Spot(name, place.role, behind if late else 0.0, last if late else 0)
     start, at = 0, 0
     length = anatomy.stacks[place.stack]
     if spans is not None:
