@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery import RecipeError
+from surgery import NotFoundError, RecipeError
 from surgery.recipe import Recipe, load_recipe, run_recipe
 from surgery.recipe.chain import Work, build, open_inputs
 
