@@ -595,6 +595,25 @@ require: [{same: [a, grown]}, {same: [base, last]}, {same: [a, twice]}]
     assert ElementTree.parse(tmp_path / "r").getroot().get("failures") == "3"
 
 
+def test_growth_of_what_was_grown_is_proved_step_by_step(
+    family: dict[str, Path], tmp_path: Path
+) -> None:
+    steps = """
+steps:
+  wide: {grow: {model: base, factor: 1.5, verify: false}}
+  deep: {expand: {model: wide, copies: 2, verify: false}}
+  last: {grow: {model: deep, factor: 2}}
+require: [{same: [base, last]}, {same: [last, last]}]
+"""
+    path = recipe(tmp_path, steps, **family)
+    told = json.loads(done("run", path, "-o", tmp_path / "out", "--json", "--no-logits").stdout)
+    assert [one["name"] for one in told["verification"]["checks"]] == [
+        "wide computes what base does", "deep computes what wide does",
+        "last computes what deep does", "last computes what last does",
+    ]  # fmt: skip
+    assert all(one["certificate"]["failures"] == [] for one in told["verification"]["checks"])
+
+
 def test_what_lies_on_disk_is_certified_again(
     family: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ from surgery.values import noise, table, zeros
 Choose = Literal["first", "random", "norm"]
 MANY_RUNS = 64
 """Runs of copied columns beyond which one lookup of all columns is faster than a slice each."""
+WIDEST = 1 << 24
+"""Neurons; the widest MLPs that there are have some hundred thousand."""
 
 
 def grow(
@@ -152,6 +154,11 @@ def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: i
         raise ArgumentError(
             f"{mlp.stack}.{mlp.block} has an MLP of width {mlp.width:,}, and {rounded:,} isn't "
             f"wider; growth only adds neurons"
+        )
+    if rounded > WIDEST:
+        raise ArgumentError(
+            f"{mlp.stack}.{mlp.block} would have an MLP of width {rounded:,}, and {WIDEST:,} is "
+            f"the largest that can be meant"
         )
     return rounded
 

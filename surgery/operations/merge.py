@@ -164,13 +164,17 @@ class _Merging:
         self, given: Mapping[str, Any], per_tensor: PerTensor | None
     ) -> dict[str, dict[str, Any]]:
         """The parameters of every tensor."""
-        values, problems = {}, []
+        values = {}
+        problems: dict[str, list[str]] = {}
         for name in self.names:
             own = {**given, **(per_tensor(name) if per_tensor is not None else {})}
             values[name], found = resolve(self.method.parameters, own, len(self.models))
-            found += joint_problems(self.method, values[name], len(self.models))
-            problems += [f"{name}: {problem}" for problem in found]
-        ArgumentError.raise_if(problems)
+            for problem in found + joint_problems(self.method, values[name], len(self.models)):
+                problems.setdefault(problem, []).append(name)
+        ArgumentError.raise_if(
+            f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: {problem}"
+            for problem, names in problems.items()
+        )
         return values
 
     def tensors(self, scales: Mapping[str, float] | None) -> dict[str, LazyTensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from surgery.checkpoint import Checkpoint, Weights
-from surgery.errors import MismatchError, RecipeError, SurgeryError
+from surgery.errors import ArgumentError, MismatchError, RecipeError, SurgeryError
 from surgery.hub import Source
 from surgery.lora.adapter import Adapter, is_adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector
@@ -71,7 +71,7 @@ class Work:
 def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Model]:
     """The inputs by name. Raises with everything that is wrong with any of them."""
     opened: dict[str, Model] = {}
-    errors = _Errors(recipe)
+    errors = Errors(recipe)
     for name, reference in recipe.inputs.items():
         with errors.of(("inputs", name)):
             opener: Callable[..., Model] = open_checkpoint
@@ -88,7 +88,7 @@ def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, 
     """Inputs and steps by name. Raises with everything that is wrong with any step; steps that
     need one that failed are left out."""
     made: dict[str, Model] = dict(inputs)
-    errors = _Errors(recipe)
+    errors = Errors(recipe)
     for step in recipe.steps:
         if any(name not in made for _, name in step.arguments.references()):
             continue
@@ -105,7 +105,7 @@ def to_write(models: Mapping[str, Model], name: str) -> Weights:
     return found
 
 
-class _Errors:
+class Errors:
     """Errors from several places, raised together."""
 
     def __init__(self, recipe: Recipe) -> None:
@@ -167,12 +167,14 @@ class _Builder:
         fixed = {name: s.value for name, s in settings.items() if isinstance(s, Constant)}
         varying = {name: s for name, s in settings.items() if not isinstance(s, Constant)}
         scaling: Any = tuple(given.lines) if isinstance(given.lines, list) else given.lines
+        if scaling is not None and "lambda" in varying:
+            raise ArgumentError("lines has beta in the place of lambda, one number for all tensors")
         if scaling == "auto" and not self.work.measure:
             scaling = (1.0, fixed.pop("lambda", 1.0))  # any: what is planned doesn't depend on it
         per_tensor = None
         if varying:
             first = models[0] if base is None else base
-            per_tensor = _PerTensor(given.method, varying, first, self.step.spans)
+            per_tensor = _PerTensor(self.step, given.method, varying, first)
         size = 4 * models[0].numel if scaling == "auto" else 0
         with self.work.progress("measuring", size) if size else nullcontext() as advance:
             return merge(
@@ -267,17 +269,18 @@ class _PerTensor:
 
     def __init__(
         self,
+        step: Step,
         method: str,
         settings: Mapping[str, Setting | tuple[Setting | None, ...]],
         first: Checkpoint,
-        spans: tuple[int, ...] | None,
     ) -> None:
         self.defaults = {p.name: p.default for p in find_method(method).parameters}
-        self.settings, self.first, self.spans = settings, first, spans
+        self.step, self.settings, self.first = step, settings, first
 
     def __call__(self, name: str) -> Mapping[str, Any]:
         anatomy = self.first.anatomy
-        spot = spot_of(name, anatomy.places.get(name), anatomy, self.spans)
+        place = anatomy.places.get(name)
+        spot = spot_of(name, place, anatomy, self.step.spans, self.step.behind)
         values = {}
         for key, setting in self.settings.items():
             if isinstance(setting, tuple):

@@ -8,7 +8,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError
-from surgery.recipe.chain import KINDS, Model, Work
+from surgery.recipe.chain import KINDS, Errors, Model, Work
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import ExpandArguments, GrowArguments, Recipe, Requirement
 from surgery.verification import (
@@ -19,6 +19,9 @@ from surgery.verification import (
     find_relation,
 )
 from surgery.verification.logits import VerifyDtype
+
+_Keeping = tuple[GrowArguments | ExpandArguments, Steps]
+"""A step that keeps the function, and where it stands."""
 
 
 @dataclass(frozen=True)
@@ -53,16 +56,35 @@ class Check:
 def requirements(recipe: Recipe, *, verify: bool) -> list[tuple[Requirement, Steps]]:
     """What the recipe requires, and with `verify` that every step which promises to keep the
     function keeps it."""
-    promised = [
-        (Requirement(same=[step.arguments.model, step.name]), step.at)
+    keeping: dict[str, _Keeping] = {
+        step.name: (step.arguments, step.at)
         for step in recipe.steps
         if isinstance(step.arguments, (GrowArguments, ExpandArguments))
-        and verify
-        and step.arguments.verify
-    ]
-    own = list(recipe.requirements)
+    }
+    own: list[tuple[Requirement, Steps]] = []
+    for requirement, at in recipe.requirements:
+        if requirement.same is None:
+            own.append((requirement, at))
+        else:
+            own += [(Requirement(same=pair), at) for pair in _links(requirement.same, keeping)]
     given = [requirement.same for requirement, _ in own]
-    return [(r, at) for r, at in promised if r.same not in given] + own
+    promised = [
+        (Requirement(same=pair), at)
+        for name, (arguments, at) in keeping.items()
+        if verify and arguments.verify and (pair := [arguments.model, name]) not in given
+    ]
+    return promised + own
+
+
+def _links(pair: list[str], keeping: Mapping[str, _Keeping]) -> list[list[str]]:
+    """The pairs that a requirement comes down to: what was grown of what was grown is proved step
+    by step."""
+    first, name = pair
+    found: list[list[str]] = []
+    while name != first and name in keeping:
+        found.insert(0, [keeping[name][0].model, name])
+        name = keeping[name][0].model
+    return found if name == first and found else [pair]
 
 
 def check_requirements(
@@ -93,8 +115,14 @@ def check(
     proving: Proving,
     work: Work,
 ) -> list[Check]:
-    """Compare the models that the requirements name."""
-    return [_check(recipe, models, requirement, at, proving, work) for requirement, at in required]
+    """Compare the models that the requirements name. Raises with all that can't be compared."""
+    found = []
+    errors = Errors(recipe)
+    for requirement, at in required:
+        with errors.of(at):
+            found.append(_check(recipe, models, requirement, at, proving, work))
+    errors.raise_all()
+    return found
 
 
 def _check(

@@ -52,3 +52,17 @@ def ordered(steps: Sequence[Step], problems: Problems) -> list[Step]:
     for step in steps:
         visit(step, ())
     return [by_name[name] for name in depths]
+
+
+def needed_for(output: str, steps: Sequence[Step]) -> set[str]:
+    """The names of a step and of all that it takes, through others too."""
+    by_name = {step.name: step for step in steps}
+    found: set[str] = set()
+    left = [output]
+    while left:
+        name = left.pop()
+        if name not in found:
+            found.add(name)
+            if name in by_name:
+                left += [other for _, other in by_name[name].arguments.references()]
+    return found

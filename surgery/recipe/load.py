@@ -151,11 +151,10 @@ def _step(name: str, body: Any, problems: Problems) -> Step | None:
     at: Steps = ("steps", name)
     if not NAME.fullmatch(name):
         problems.add(at, f"{name!r} is no name: use letters, digits, _ and -")
-    operations = [key for key in body if key in OPERATIONS] if isinstance(body, Mapping) else []
-    others = [key for key in body if key not in OPERATIONS] if isinstance(body, Mapping) else []
+    operations = [key for key in _names(body) if key in OPERATIONS]
+    others = [key for key in _names(body) if key not in (*OPERATIONS, "write")]
     for key in others:
-        if key != "write":
-            problems.add((*at, key), unknown("operation", key, [*OPERATIONS, "write"]))
+        problems.add((*at, key), unknown("operation", key, [*OPERATIONS, "write"]))
     if len(operations) != 1:
         if not others or len(operations) > 1:
             problems.add(at, f"a step has one of {', '.join(OPERATIONS)}, and what that takes")

@@ -11,9 +11,18 @@ from surgery.errors import RecipeError
 from surgery.merging.methods import METHODS, Method
 from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
-from surgery.recipe.graph import Problems, ordered
+from surgery.recipe.graph import Problems, needed_for, ordered
 from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
-from surgery.recipe.settings import Constant, Gradient, Layered, Rule, Rules, Setting
+from surgery.recipe.settings import (
+    Constant,
+    Gradient,
+    Layered,
+    Rule,
+    Rules,
+    Setting,
+    is_number,
+    shortened,
+)
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
@@ -62,9 +71,15 @@ class _Translation:
     """One document on its way to steps."""
 
     document: Document
+    at: Steps
+    """What stands before the places in this document, where there are several."""
     known: Mapping[str, str]
     """Steps by the name or the path that other documents call them."""
+    taken: Sequence[str]
+    """The names of all documents."""
     inputs: dict[str, str]
+    lines: dict[Steps, int]
+    """Where what the recipe has stands in the file."""
     problems: Problems
     notes: dict[str, None]
     steps: list[Step] = field(default_factory=list)
@@ -74,8 +89,13 @@ class _Translation:
         reference = self._reference(given, at)
         if reference in self.known:
             return self.known[reference]
-        self.inputs[reference] = reference
-        return reference
+        parts = tuple(f"{name}:" for name in self.taken)  # the steps that put slices together
+        clash = reference in self.taken or reference.startswith(parts)
+        name = f"{reference} (input)" if clash else reference
+        if name not in self.inputs:
+            self.inputs[name] = reference
+            self.lines["inputs", name] = self.document.lines[at]
+        return name
 
     def _reference(self, given: Any, at: Steps) -> str:
         if isinstance(given, str) and given:
@@ -97,44 +117,81 @@ def translate(documents: Sequence[Document]) -> Recipe:
     """The recipe that these documents of one file make. Raises RecipeError with all that is
     wrong."""
     problems = Problems(documents[0])
-    names: list[str] = []
+    names = _names(documents, problems)
     known: dict[str, str] = {}
-    for number, document in enumerate(documents, 1):
-        given = document.data if isinstance(document.data, Mapping) else {}
-        name = str(given.get("name") or ("merged" if len(documents) == 1 else f"merge-{number}"))
-        names.append(name)
-        known |= {str(given[key]): name for key in ("name", "out_path") if given.get(key)}
+    for document, name in zip(documents, names, strict=True):
+        known |= {given: name for key in ("name", "out_path") if (given := _text(document, key))}
     inputs: dict[str, str] = {}
     notes: dict[str, None] = {}
     steps: list[Step] = []
-    unnamed = []
+    lines: dict[Steps, int] = {}
     for document, name in zip(documents, names, strict=True):
         problems.document = document
+        at = () if len(documents) == 1 else (name,)
+        lines |= {(*at, *place): line for place, line in document.lines.items()}
         if not isinstance(document.data, Mapping):
             problems.add((), "a configuration is a table")
             continue
-        one = _Translation(document, known, inputs, problems, notes)
+        one = _Translation(document, at, known, names, inputs, lines, problems, notes)
         _document(one, name)
         steps += one.steps
-        if not document.data.get("name"):
-            unnamed.append(name)
+    data = [d.data for d in documents]
+    whole = Document(documents[0].path, data[0] if len(data) == 1 else data, lines)
+    problems.document = whole
     in_order = ordered(steps, problems)
     RecipeError.raise_if(problems)
-    data = [d.data for d in documents]
-    whole = Document(documents[0].path, data[0] if len(data) == 1 else data, documents[0].lines)
-    return Recipe(inputs, tuple(in_order), (unnamed or names)[-1], (), whole, tuple(notes))
+    unnamed = [
+        name
+        for document, name in zip(documents, names, strict=True)
+        if not _text(document, "name") and not _text(document, "out_path")
+    ]
+    output = (unnamed or names)[-1]
+    needed = needed_for(output, steps)
+    for name in names:
+        if name not in needed:
+            notes[f"{name} isn't needed for {output}, and isn't written"] = None
+    return Recipe(inputs, tuple(in_order), output, (), whole, tuple(notes))
+
+
+def _text(document: Document, key: str) -> str | None:
+    """What a document has under `key`, if that is text."""
+    given = document.data.get(key) if isinstance(document.data, Mapping) else None
+    return given if isinstance(given, str) and given else None
+
+
+def _names(documents: Sequence[Document], problems: Problems) -> list[str]:
+    """What the documents are called. One without a name is the last merge, which takes others."""
+    names: list[str] = []
+    last: Document | None = None
+    for number, document in enumerate(documents, 1):
+        problems.document = document
+        data = document.data if isinstance(document.data, Mapping) else {"name": None}
+        called = {key: data[key] for key in ("name", "out_path") if key in data}
+        for key, given in called.items():
+            if given is not None and _text(document, key) is None:
+                problems.add((key,), f"{given!r} isn't text")
+        name = _text(document, "name")
+        if name in names:
+            problems.add(("name",), f"another document is called {name} as well")
+        if not called:
+            if last is not None:
+                problems.add((), f"this has no name, and neither has {last.where(())}")
+            last = document
+        names.append(name or ("merged" if len(documents) == 1 else f"merge-{number}"))
+    return names
 
 
 def _document(one: _Translation, name: str) -> None:
     data, problems = one.document.data, one.problems
+    before = len(problems)
     for key in data:
         if key in REFUSED:
             problems.add((key,), f"{key} isn't supported: {REFUSED[key]}")
         elif key not in KEYS:
             problems.add((key,), unknown("key", key, KEYS))
-    method = METHODS.get(data.get("merge_method", ""))
+    given = str(data.get("merge_method"))
+    method = METHODS.get(given)
     if method is None:
-        given = str(data.get("merge_method"))
         problems.add(("merge_method",), unknown("merge method", given, METHODS))
         return
     if ("models" in data) == ("slices" in data):
@@ -146,10 +203,12 @@ def _document(one: _Translation, name: str) -> None:
         slices: list[_Slice] = [(_models(one, data["models"], base, method), {})]
     else:
         slices = _slices(one, data["slices"], method)
-    columns = _columns(one, slices, base, method)
+    written = {"dtype": _dtype(one), **_tokenizer(one)}
+    columns = _columns(one, slices, base, method) if len(problems) == before else None
     if columns is None:
         return
     based, models = columns
+    _note_left_out(one, models, method)
     cut = "slices" in data
     settings = _settings(method, slices, models, parameters)
     arguments = MergeArguments(
@@ -159,14 +218,21 @@ def _document(one: _Translation, name: str) -> None:
         ],
         base=_column(one, name, 0, based) if cut and based else base if based or not cut else None,
         method=method.name,
-        dtype=_dtype(one),
-        **_tokenizer(one),
+        **written,
     )
     if method.base == "none":
         arguments.base = None
     spans = tuple(stop - start for s, _ in slices for start, stop in [s[0].blocks or (0, 0)])
     one.steps.append(
-        Step(name, "merge", arguments, (), settings=settings, spans=spans if cut else None)
+        Step(
+            name,
+            "merge",
+            arguments,
+            one.at,
+            settings=settings,
+            spans=spans if cut else None,
+            behind=0.0,
+        )
     )
 
 
@@ -234,6 +300,17 @@ def _slices(one: _Translation, given: Any, method: Method) -> list[_Slice]:
     return slices
 
 
+def _note_left_out(one: _Translation, models: Sequence[Sequence[_Source]], method: Method) -> None:
+    """Parameters beside a model that are one for all models."""
+    for parameter in method.parameters:
+        beside = [s for column in models for s in column if parameter.name in s.parameters]
+        if beside and not parameter.per_model and len(models) > 1:
+            one.notes[
+                f"{parameter.name} is one for all models of {method.name}: beside a model it is "
+                f"left out, as mergekit does"
+            ] = None
+
+
 def _columns(
     one: _Translation,
     slices: Sequence[tuple[Sequence[_Source], Any]],
@@ -278,7 +355,12 @@ def _column(one: _Translation, name: str, at: int, column: Sequence[_Source]) ->
             if s.blocks is not None
         ]
     )
-    step = Step(f"{name}:base" if at == 0 else f"{name}:{at}", "compose", arguments, column[0].at)
+    step = Step(
+        f"{name}:base" if at == 0 else f"{name}:{at}",
+        "compose",
+        arguments,
+        (*one.at, *column[0].at),
+    )
     one.steps.append(step)
     return step.name
 
@@ -360,16 +442,18 @@ def _parameters(one: _Translation, given: Any, at: Steps, method: Method) -> dic
 
 def _setting(value: Any) -> Setting:
     """A number, a gradient, or conditions by what a name contains."""
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, bool) or is_number(value):
         return Constant(value)
     if isinstance(value, Mapping):
         return Rules((_condition(value),))
     if isinstance(value, list) and value:
         if all(isinstance(item, Mapping) for item in value):
             return Rules(tuple(_condition(item) for item in value))
-        if all(isinstance(i, (int, float)) and not isinstance(i, bool) for i in value):
+        if all(map(is_number, value)):
             return Gradient(tuple(map(float, value)))
-    raise ValueError(f"{value!r} is neither a number, nor a list of them, nor conditions")
+    raise ValueError(
+        f"{shortened(value)} is neither a finite number, nor a list of them, nor conditions"
+    )
 
 
 def _condition(given: Mapping[str, Any]) -> Rule:
@@ -378,8 +462,14 @@ def _condition(given: Mapping[str, Any]) -> Rule:
             raise ValueError(unknown("key", key, ["filter", "value"]))
     if "value" not in given:
         raise ValueError("a condition has a value")
+    if isinstance(given["value"], Mapping) or _has_tables(given["value"]):
+        raise ValueError("the value of a condition is a number, or a list of them")
     wanted = given.get("filter")
     return Rule(_setting(given["value"]), contains=None if wanted in (None, "*") else str(wanted))
+
+
+def _has_tables(value: Any) -> bool:
+    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
 
 
 def _dtype(one: _Translation) -> Any:

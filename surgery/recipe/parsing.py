@@ -35,10 +35,10 @@ def parsed(kind: type[Any], given: Any, at: Steps, problems: Problems) -> Any:
         for found in error.errors():
             by_place.setdefault(_place(given, found["loc"]), []).append(found)
         for place, several in by_place.items():
-            # of a choice between text and a table, given a table, what is wrong in it is enough
-            if not any(other[: len(place)] == place != other for other in by_place):
-                for text in _said(kind, place, several):
-                    problems.add((*at, *place), text)
+            # given a table where there is a choice, what is wrong in the table is enough
+            inside = any(other[: len(place)] == place != other for other in by_place)
+            for text in _said(kind, place, several, types=not inside):
+                problems.add((*at, *place), text)
         return None
 
 
@@ -52,7 +52,7 @@ def _place(given: Any, loc: Sequence[str | int]) -> Steps:
     return place
 
 
-def _said(kind: type[Any], place: Steps, several: Sequence[Any]) -> list[str]:
+def _said(kind: type[Any], place: Steps, several: Sequence[Any], *, types: bool) -> list[str]:
     """The mistakes that pydantic found in one place, in our words."""
     wanted: dict[str, None] = {}
     texts = []
@@ -71,6 +71,6 @@ def _said(kind: type[Any], place: Steps, several: Sequence[Any]) -> list[str]:
             wanted[found["ctx"]["expected"]] = None
         else:
             texts.append(found["msg"].removeprefix("Value error, "))
-    if wanted and not texts:
+    if wanted and types and not texts:
         texts.append(f"{shortened(several[0]['input'])} isn't {' or '.join(wanted)}")
     return texts

@@ -225,7 +225,8 @@ class Requirement(BaseModel):
 @dataclass(frozen=True)
 class Step:
     """A named step: what to do, and where to write what comes of it, if anywhere. `settings` are
-    a merge's parameters; `spans` are lengths of runs of blocks over which gradients run."""
+    a merge's parameters; `spans` are lengths of runs of blocks over which gradients run, and
+    `behind` is how deep what comes after all blocks (the final norm, the head) counts."""
 
     name: str
     operation: str
@@ -234,6 +235,7 @@ class Step:
     write: str | None = None
     settings: Mapping[str, Setting | tuple[Setting | None, ...]] = field(default_factory=dict)
     spans: tuple[int, ...] | None = None
+    behind: float = 1.0
 
 
 @dataclass(frozen=True)

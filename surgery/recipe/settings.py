@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import isfinite
 from typing import Any
 
 from surgery.anatomy import Anatomy, Place, Role
@@ -101,12 +102,12 @@ Setting = Constant | Gradient | Rules | Layered
 
 def parse_setting(value: Any) -> Setting:
     """The setting that a recipe gives. Raises ValueError with what is wrong."""
-    if isinstance(value, (bool, int, float)):
+    if isinstance(value, bool) or is_number(value):
         return Constant(value)
     if isinstance(value, list):
-        if not value or not all(_is_number(item) for item in value):
+        if not value or not all(is_number(item) for item in value):
             raise ValueError(
-                f"{shortened(value)} isn't a list of numbers, from the first block to the last"
+                f"{shortened(value)} isn't a list of finite numbers, from the first block to the last"
             )
         return Gradient(tuple(map(float, value)))
     if isinstance(value, Mapping):
@@ -114,7 +115,7 @@ def parse_setting(value: Any) -> Setting:
             raise ValueError("there is no rule")
         return Rules(tuple(_rule(str(key), item) for key, item in value.items()))
     raise ValueError(
-        f"{shortened(value)} is neither a number, nor a list of them over depth, nor rules by role "
+        f"{shortened(value)} is neither a finite number, nor a list of them over depth, nor rules by role "
         f"or name"
     )
 
@@ -138,23 +139,29 @@ def _rule(key: str, value: Any) -> Rule:
     raise ValueError(unknown("role", key, [*ROLES, DEFAULT]) + "; a pattern of names has a * in it")
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether it is a number that can be computed with."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
 
 
 def spot_of(
-    name: str, place: Place | None, anatomy: Anatomy, spans: Sequence[int] | None = None
+    name: str,
+    place: Place | None,
+    anatomy: Anatomy,
+    spans: Sequence[int] | None = None,
+    behind: float = 1.0,
 ) -> Spot:
     """Where a tensor stands. Without blocks around it, what comes after them (the final norm, the
-    head) is as deep as the last, and all else as the first.
+    head) is as deep as the last, or as `behind` says, and all else as the first.
 
     `spans` are lengths of runs of blocks; depth then counts inside each.
     """
-    if place is None:
-        return Spot(name, Role.HEAD, 1.0)
+    last = len(spans) - 1 if spans else 0
+    if place is None:  # a head that the first model ties to its embedding
+        return Spot(name, Role.HEAD, behind, last)
     if place.stack is None or place.block is None:
         late = place.role in (Role.NORM, Role.HEAD)
-        return Spot(name, place.role, float(late), len(spans) - 1 if late and spans else 0)
+        return Spot(name, place.role, behind if late else 0.0, last if late else 0)
     start, at = 0, 0
     length = anatomy.stacks[place.stack]
     if spans is not None:

@@ -1,0 +1,769 @@
+"""mergekit's configurations as recipes: what is documented means the same, what isn't supported is
+refused by name, and the numbers are those of mergekit 0.1.5 itself.
+
+The comparison runs where MERGEKIT_PYTHON names an environment that has mergekit; see
+tests/test_merge_against_mergekit.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from surgery import NotFoundError, RecipeError
+from surgery.recipe import Recipe, load_recipe, run_recipe
+from surgery.recipe.chain import Work, build, open_inputs
+
+PYTHON = os.environ.get("MERGEKIT_PYTHON")
+Make = Callable[..., Path]
+
+
+def load(folder: Path, text: str) -> Recipe:
+    path = folder / "m.yml"
+    path.write_text(text)
+    return load_recipe(path)
+
+
+# Side by side. {a}, {b}, {c} are models of six blocks.
+
+ALIKE: dict[str, str] = {
+    "linear with gradients and filters": """
+merge_method: linear
+models:
+  - model: {a}
+    parameters:
+      weight:
+        - {{filter: self_attn, value: [0.1, 0.9]}}
+        - {{filter: mlp, value: [1, 0, 0.5]}}
+        - value: 0.3
+  - model: {b}
+    parameters: {{weight: [0.7, 0.2, 0.4, 0.5]}}
+dtype: float32
+""",
+    "linear with everything in one place": """
+merge_method: linear
+models: [{{model: {a}}}, {{model: {b}}}, {{model: {c}}}]
+parameters: {{weight: [0.25, 1], normalize: false, int8_mask: true}}
+""",
+    "linear with a base that isn't among the models": """
+merge_method: linear
+base_model: {c}
+models: [{{model: {a}, parameters: {{weight: 0.2}}}}, {{model: {b}}}]
+parameters: {{weight: {{filter: "*", value: 0.7}}}}
+""",
+    "slerp over slices": """
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 6]}}
+      - {{model: {b}, layer_range: [0, 6]}}
+merge_method: slerp
+base_model: {a}
+parameters:
+  t:
+    - filter: self_attn
+      value: [0, 0.5, 0.3, 0.7, 1]
+    - filter: mlp
+      value: [1, 0.5, 0.7, 0.3, 0]
+    - value: 0.5
+dtype: float32
+""",
+    "slerp with the base second, cut in two": """
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 3]}}
+      - {{model: {b}, layer_range: [0, 3]}}
+    parameters: {{t: [0.1, 0.9]}}
+  - sources:
+      - {{model: {a}, layer_range: [3, 6]}}
+      - {{model: {b}, layer_range: [3, 6]}}
+merge_method: slerp
+base_model: {b}
+parameters:
+  t: [{{filter: mlp, value: [0.2, 0.8]}}, {{value: 0.4}}]
+""",
+    "ties with a gradient for each model": """
+merge_method: ties
+base_model: {c}
+models:
+  - model: {a}
+    parameters: {{density: [1, 0.7, 0.1], weight: 1.0}}
+  - model: {b}
+    parameters:
+      density: 0.33
+      weight: [{{filter: mlp, value: 0.5}}, {{value: 0}}]
+parameters: {{normalize: true, int8_mask: true}}
+dtype: float32
+""",
+    "ties with a base among the models": """
+merge_method: ties
+base_model: {c}
+models:
+  - model: {a}
+    parameters: {{density: 0.5, weight: 0.5}}
+  - model: {c}
+  - model: {b}
+    parameters: {{density: 0.5, weight: [0.1, 0.6]}}
+parameters: {{normalize: false, lambda: [0.5, 2]}}
+""",
+    "ties with a density that isn't given": """
+merge_method: ties
+base_model: {c}
+models:
+  - {{model: {a}, parameters: {{weight: 0.5}}}}
+  - {{model: {b}, parameters: {{weight: 0.5, density: {{filter: mlp, value: 0.4}}}}}}
+""",
+    "task arithmetic at every level": """
+merge_method: task_arithmetic
+base_model: {c}
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 2], parameters: {{weight: [{{filter: mlp, value: 0.9}}]}}}}
+      - {{model: {b}, layer_range: [2, 4]}}
+      - {{model: {c}, layer_range: [1, 3]}}
+    parameters: {{weight: [{{filter: self_attn, value: [0.1, 0.3]}}], lambda: 0.5}}
+  - sources:
+      - {{model: {c}, layer_range: [0, 3]}}
+      - {{model: {a}, layer_range: [3, 6], parameters: {{weight: [0, 1]}}}}
+      - {{model: {b}, layer_range: [0, 3]}}
+parameters: {{weight: 0.7, lambda: [1, 0.2], normalize: false}}
+dtype: float32
+""",
+    "passthrough": """
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 4]}}]
+  - sources: [{{model: {b}, layer_range: [2, 6]}}]
+dtype: float32
+""",
+    "new blocks by hand": """
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 3]}}]
+  - sources:
+      - model: {a}
+        layer_range: [2, 3]
+        parameters:
+          scale:
+            - {{filter: o_proj, value: 0.0}}
+            - {{filter: down_proj, value: 0.0}}
+            - value: 1.0
+  - sources: [{{model: {a}, layer_range: [3, 6]}}]
+  - sources:
+      - model: {a}
+        layer_range: [5, 6]
+        parameters: {{scale: [{{filter: o_proj, value: 0}}, {{filter: down_proj, value: 0}}]}}
+""",
+    "scaled slices": """
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 3], parameters: {{scale: [0.5, 1, 2]}}}}]
+  - sources: [{{model: {b}, layer_range: [1, 2]}}]
+    parameters: {{scale: [3, 4]}}
+  - sources: [{{model: {c}, layer_range: [2, 6], parameters: {{scale: {{filter: q_proj, value: 9}}}}}}]
+parameters: {{scale: [{{filter: norm, value: [0.25, 0.75]}}]}}
+""",
+    "gradients in each slice": """
+merge_method: linear
+slices:
+  - sources:
+      - {{model: {a}, layer_range: [0, 4], parameters: {{weight: [0, 1]}}}}
+      - {{model: {b}, layer_range: [0, 4], parameters: {{weight: [1, 0.25]}}}}
+  - sources:
+      - {{model: {b}, layer_range: [5, 6]}}
+      - {{model: {c}, layer_range: [0, 1], parameters: {{weight: [{{filter: mlp, value: 3}}]}}}}
+  - sources:
+      - {{model: {a}, layer_range: [1, 3]}}
+      - {{model: {c}, layer_range: [4, 6]}}
+parameters: {{weight: [0.2, 0.8, 0.5]}}
+dtype: float32
+""",
+    "several models on the sphere": """
+merge_method: multislerp
+base_model: {c}
+models:
+  - {{model: {a}, parameters: {{weight: [0.3, 0.6]}}}}
+  - {{model: {b}, parameters: {{weight: 0.5}}}}
+""",
+    "nuslerp without a base": """
+merge_method: nuslerp
+models:
+  - {{model: {a}, parameters: {{weight: [0.3, 0.6]}}}}
+  - {{model: {b}, parameters: {{weight: 0.5}}}}
+""",
+    "model stock": """
+merge_method: model_stock
+base_model: {c}
+models: [{{model: {a}}}, {{model: {b}}}]
+""",
+    "sce": """
+merge_method: sce
+base_model: {c}
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{select_topk: [0.2, 1]}}
+""",
+    "breadcrumbs": """
+merge_method: breadcrumbs
+base_model: {c}
+models:
+  - {{model: {a}, parameters: {{weight: 0.5, density: 0.6, gamma: [0.1, 0.3]}}}}
+  - {{model: {b}, parameters: {{weight: 0.5, gamma: 0.2}}}}
+""",
+    "the model as a table": """
+merge_method: task_arithmetic
+base_model: {{model: {{path: {c}}}}}
+models:
+  - {{model: {{model: {{path: {a}, revision: null}}, lora: null}}, parameters: {{weight: 0.5}}}}
+  - {{model: {{model: {{path: {b}}}}}, parameters: {{weight: 0.25}}}}
+""",
+}
+# Files of several documents, {a} to {c} as above.
+MULTI: dict[str, str] = {
+    "one after another": """
+name: first
+merge_method: linear
+models:
+  - {{model: {a}, parameters: {{weight: 1.0}}}}
+  - {{model: {b}, parameters: {{weight: [0, 1]}}}}
+---
+merge_method: slerp
+base_model: first
+models: [{{model: first}}, {{model: second}}]
+parameters: {{t: [0, 0.5, 1]}}
+---
+name: second
+merge_method: task_arithmetic
+base_model: {c}
+models: [{{model: first, parameters: {{weight: 0.5}}}}, {{model: {a}, parameters: {{weight: 0.5}}}}]
+""",
+    "slices of what was merged": """
+name: soup
+merge_method: linear
+models: [{{model: {a}}}, {{model: {b}}}]
+parameters: {{weight: 1}}
+---
+name: tall
+merge_method: passthrough
+slices:
+  - sources: [{{model: soup, layer_range: [0, 5]}}]
+  - sources: [{{model: {c}, layer_range: [3, 6]}}]
+---
+merge_method: passthrough
+slices:
+  - sources: [{{model: tall, layer_range: [0, 8], parameters: {{scale: [1, 0.5]}}}}]
+  - sources: [{{model: tall, layer_range: [7, 8]}}]
+""",
+}
+SCRIPT = """
+import json, sys, traceback
+from mergekit.scripts.run_yaml import main
+for arguments in json.load(open(sys.argv[1])):
+    try:
+        main(arguments, standalone_mode=False)
+    except Exception:
+        traceback.print_exc()
+"""
+
+
+def runs(folder: Path, models: dict[str, str]) -> list[list[str]]:
+    """The configurations, written as `NAME.yml`, and for every merge mergekit-yaml's arguments.
+
+    Those of several documents are run one by one, with paths for names, which is what
+    mergekit-multi is for; 0.1.5 can't write such a file's parts as YAML with pydantic 2.12
+    ("Circular reference detected").
+    """
+    made = []
+    for name, text in {**ALIKE, **MULTI}.items():
+        (folder / f"{name}.yml").write_text(text.format(**models))
+        single = [part.format(**models) for part in text.split("---\n")]
+        called = {n: part for part in single if (n := part.split()[1]) and "name:" in part}
+        unnamed = [part for part in single if "name:" not in part]
+        for own, part in [*called.items(), (name, unnamed[0])]:
+            body = "\n".join(line for line in part.splitlines() if not line.startswith("name:"))
+            for other in called:
+                body = re.sub(rf": {other}\b", f": {folder}/{other}", body)
+            (folder / f"{own} alone.yml").write_text(body)
+            made.append([f"{folder}/{own} alone.yml", f"{folder}/{own}"])
+    return made
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the configurations, `NAME.yml`, and what mergekit made of them, `NAME`."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("mergekit")
+    models = {}
+    config = LlamaConfig(
+        vocab_size=48, hidden_size=16, intermediate_size=24, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32,
+    )  # fmt: skip
+    for seed, name in enumerate("abc"):
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.normal_(std=0.5)
+        model.save_pretrained(folder / name)
+        models[name] = str(folder / name)
+    (folder / "runs.json").write_text(json.dumps(runs(folder, models)))
+    assert PYTHON is not None
+    done = subprocess.run(
+        [PYTHON, "-c", SCRIPT, folder / "runs.json"], capture_output=True, text=True, check=False
+    )
+    (folder / "errors").write_text(done.stderr)
+    return folder
+
+
+@pytest.mark.skipif(PYTHON is None, reason="MERGEKIT_PYTHON isn't set")
+@pytest.mark.parametrize("name", [*ALIKE, *MULTI])
+def test_beside_mergekit(name: str, theirs: Path, tmp_path: Path) -> None:
+    assert (theirs / name).is_dir(), (theirs / "errors").read_text()[-3000:]
+    run_recipe(load_recipe(theirs / f"{name}.yml"), tmp_path / "out")
+    wanted = {
+        k: v for path in (theirs / name).glob("*.safetensors") for k, v in load_file(path).items()
+    }
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    assert found.keys() == wanted.keys()
+    for tensor, value in wanted.items():
+        assert torch.allclose(found[tensor], value, rtol=1e-6, atol=5e-6), tensor
+    ours, other = (
+        json.loads((folder / "config.json").read_text())
+        for folder in (tmp_path / "out", theirs / name)
+    )
+    assert ours["num_hidden_layers"] == other["num_hidden_layers"]
+
+
+# What the translation is, without mergekit.
+
+
+def steps(recipe: Recipe) -> dict[str, Any]:
+    return {step.name: step.arguments for step in recipe.steps}
+
+
+def mistakes(folder: Path, text: str) -> list[str]:
+    with pytest.raises(RecipeError) as error:
+        load(folder, text)
+    return [problem.replace(f"{folder}/", "") for problem in error.value.problems]
+
+
+def test_whole_models(tmp_path: Path) -> None:
+    recipe = load(tmp_path, """
+merge_method: ties
+base_model: org/base
+models:
+  - model: org/base
+  - model: {model: {path: org/a, revision: v2}}
+    parameters: {weight: 1}
+  - {model: ./b, parameters: {weight: [0, 1], density: 0.5, lambda: 2}}
+parameters: {normalize: true, int8_mask: true, t: 0.5}
+dtype: bfloat16
+out_dtype: float16
+tokenizer_source: null
+""")  # fmt: skip
+    assert recipe.inputs == {n: n for n in ("org/base", "org/a@v2", "./b")}
+    assert recipe.output == "merged"
+    merge = steps(recipe)["merged"]
+    assert (merge.base, merge.names, merge.method) == ("org/base", ["org/a@v2", "./b"], "ties")
+    assert merge.dtype == "float16"
+    assert recipe.notes == (
+        "ties has no parameter t, and leaves it out as mergekit does",
+        "lambda is one for all models of ties: beside a model it is left out, as mergekit does",
+    )
+    assert recipe.data["models"][1]["model"] == {"model": {"path": "org/a", "revision": "v2"}}
+
+
+def test_slices_are_composed(tmp_path: Path) -> None:
+    recipe = load(tmp_path, """
+merge_method: slerp
+base_model: b
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [4, 6]}]
+  - sources: [{model: b, layer_range: [2, 3]}, {model: c, layer_range: [2, 3]}]
+parameters: {t: 0.5}
+""")  # fmt: skip
+    made = steps(recipe)
+    assert {*made} == {"merged:base", "merged:1", "merged"}
+    assert [(b.model, b.layers) for b in made["merged:base"].blocks] == [("b", "4-5"), ("b", "2-2")]
+    assert [(b.model, b.layers) for b in made["merged:1"].blocks] == [("a", "0-1"), ("c", "2-2")]
+    assert made["merged"].base == "merged:base"
+    assert recipe.steps[-1].spans == (2, 1)
+
+
+def test_several_documents(tmp_path: Path) -> None:
+    recipe = load(tmp_path, """
+name: late
+merge_method: linear
+models: [{model: early}, {model: x}]
+---
+models: [{model: ./place}, {model: late}]
+merge_method: linear
+---
+out_path: ./place
+merge_method: linear
+models: [{model: early}]
+---
+name: early
+merge_method: linear
+models: [{model: x}]
+---
+name: unused
+merge_method: linear
+models: [{model: early}]
+""")  # fmt: skip
+    assert recipe.inputs == {"x": "x"}
+    names = [step.name for step in recipe.steps]
+    assert set(names) == {"late", "merge-2", "merge-3", "early", "unused"}
+    assert names.index("early") < names.index("late") < names.index("merge-2")
+    assert recipe.output == "merge-2"
+    assert recipe.notes == ("unused isn't needed for merge-2, and isn't written",)
+    assert isinstance(recipe.data, list)
+    assert len(recipe.data) == 5
+    all_named = load(tmp_path, "name: a\nmerge_method: linear\nmodels: [{model: x}]\n---\n"
+                     "name: b\nmerge_method: linear\nmodels: [{model: a}]")  # fmt: skip
+    assert all_named.output == "b"
+
+
+def test_a_model_that_is_called_as_a_step_is(make_model: Make, tmp_path: Path) -> None:
+    """A directory `merged`, merged: not a step that refers to itself."""
+    recipe = load(tmp_path, "merge_method: linear\nmodels: [{model: merged}, {model: 'merged:1'}]")
+    assert recipe.inputs == {"merged (input)": "merged", "merged:1 (input)": "merged:1"}
+    assert steps(recipe)["merged"].names == ["merged (input)", "merged:1 (input)"]
+
+
+# A configuration, and how each of its problems begins, from the line number on.
+MISTAKES: dict[str, tuple[str, str]] = {
+    "keys": (
+        """\
+merge_method: ties
+base_model: b
+modles: []
+models:
+  - {model: a, weight: 1}
+  - {modle: a}
+  - a
+modules: {}
+chat_template: auto
+residual_weight: 1
+""",
+        """\
+3: modles: there is no key 'modles': did you mean models?
+8: modules: modules isn't supported: models made of several modules aren't
+9: chat_template: chat_template isn't supported: put the template into
+10: residual_weight: there is no key 'residual_weight'
+5: models[0].weight: there is no key 'weight': there are model, parameters
+6: models[1]: give the model: - model: org/name
+7: models[2]: give the model: - model: org/name
+""",
+    ),
+    "method": (
+        """\
+merge_method: tise
+models: [{model: a}]
+""",
+        """\
+1: merge_method: there is no merge method 'tise': did you mean ties?
+""",
+    ),
+    "no method": (
+        """\
+merge_method: [ties]
+models: [{model: a}]
+""",
+        """\
+1: merge_method: there is no merge method "['ties']"
+""",
+    ),
+    "both": (
+        """\
+merge_method: linear
+models: [{model: a}]
+slices: []
+""",
+        """\
+1: give either models or slices
+""",
+    ),
+    "neither": (
+        """\
+merge_method: linear
+""",
+        """\
+1: give either models or slices
+""",
+    ),
+    "types": (
+        """\
+merge_method: linear
+models: a
+parameters: 5
+dtype: int8
+out_dtype: bf16
+""",
+        """\
+3: parameters: this is a table of parameters
+2: models: this is a list of models
+5: out_dtype: there is no type 'bf16'
+""",
+    ),
+    "output types": (
+        """\
+merge_method: linear
+models: [{model: a}]
+dtype: int8
+""",
+        """\
+3: dtype: there is no type 'int8': there are float32, float16, bfloat16, float64
+""",
+    ),
+    "parameters": (
+        """\
+merge_method: ties
+base_model: b
+models:
+  - model: a
+    parameters:
+      wieght: 1
+      density: {pattern: mlp, value: 1}
+      weight: [{filter: mlp}, {value: {value: 1}}]
+parameters:
+  normalize: maybe
+  lambda: []
+  filter_wise: true
+  weight: [1, {value: 1}]
+  density: .inf
+""",
+        """\
+10: parameters.normalize: 'maybe' is neither a finite number, nor a list
+11: parameters.lambda: [] is neither a finite number, nor a list of them, nor cond
+12: parameters.filter_wise: filter_wise: True isn't supported: model_stock is per
+13: parameters.weight: [1, {'value': 1}] is neither a finite number, nor a list
+14: parameters.density: inf is neither a finite number
+6: models[0].parameters.wieght: there is no parameter of ties 'wieght': did you mean
+7: models[0].parameters.density: there is no key 'pattern': there are filter, value
+8: models[0].parameters.weight: a condition has a value
+""",
+    ),
+    "a condition in a condition": (
+        """\
+merge_method: passthrough
+models:
+  - model: a
+    parameters: {scale: {filter: mlp, value: [{value: 1}]}}
+""",
+        """\
+4: models[0].parameters.scale: the value of a condition is a number, or a list of them
+""",
+    ),
+    "models": (
+        """\
+merge_method: linear
+models:
+  - model: 5
+  - model: {path: a, commit: b}
+  - model: ''
+""",
+        """\
+3: models[0].model: 5 is no model that is supported: give a path or a Hub id
+4: models[1].model: {'path': 'a', 'commit': 'b'} is no model that is supported
+5: models[2].model: '' is no model that is supported
+""",
+    ),
+    "slices": (
+        """\
+merge_method: ties
+base_model: b
+slices:
+  - sources: [{model: a, layer_range: [0, 2]}, {model: b, layer_range: [0, 3]}]
+    base_model: c
+  - sources:
+      - {model: b, layer_range: [2, 2]}
+      - {model: a, layer_range: [-1, 1]}
+      - {model: a, layer_range: 3}
+      - {model: a}
+  - {}
+  - sources: []
+""",
+        """\
+5: slices[0].base_model: there is no key 'base_model': there are sources, parameters
+4: slices[0]: its sources have [2, 3] blocks, and need as many
+7: slices[1].sources[0].layer_range: [2, 2] isn't [first, one past the last]
+8: slices[1].sources[1].layer_range: [-1, 1] isn't [first, one past the last]
+9: slices[1].sources[2].layer_range: 3 isn't [first, one past the last]
+10: slices[1].sources[3].layer_range: None isn't [first, one past the last]
+11: slices[2]: a slice has sources
+12: slices[3]: a slice has sources
+""",
+    ),
+    "a slice without the base": (
+        """\
+merge_method: ties
+base_model: b
+slices:
+  - sources: [{model: b, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]
+  - sources: [{model: c, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]
+""",
+        """\
+5: slices[1]: the base b has to be one of the slice's sources
+""",
+    ),
+    "slices of several sizes": (
+        """\
+merge_method: linear
+slices:
+  - sources: [{model: b, layer_range: [0, 1]}, {model: a, layer_range: [0, 1]}]
+  - sources: [{model: c, layer_range: [0, 1]}]
+""",
+        """\
+2: slices: the slices have [1, 2] models to merge, and every slice needs as many
+""",
+    ),
+    "nothing but the base": (
+        """\
+merge_method: ties
+base_model: b
+models: [{model: b}]
+""",
+        """\
+2: base_model: there is nothing to merge with the base
+""",
+    ),
+    "documents": (
+        """\
+name: one
+merge_method: linear
+models: [{model: two}]
+---
+name: two
+merge_method: linear
+models: [{model: one}]
+---
+name: two
+merge_method: linear
+models: [{model: x}]
+---
+merge_method: linear
+models: [{model: x}]
+---
+merge_method: linear
+models: [{model: x}]
+---
+name: [x]
+out_path: 5
+merge_method: linear
+models: [{model: x, parameters: {wieght: 1}}]
+---
+- a list
+""",
+        """\
+9: name: another document is called two as well
+16: this has no name, and neither has m.yml:13
+19: name: ['x'] isn't text
+20: out_path: 5 isn't text
+22: models[0].parameters.wieght: there is no parameter of linear 'wieght'
+24: a configuration is a table
+""",
+    ),
+    "a circle": (
+        """\
+name: x
+merge_method: linear
+models: [{model: y}]
+---
+name: one
+merge_method: linear
+models: [{model: two}]
+---
+name: two
+merge_method: linear
+models: [{model: one}]
+""",
+        """\
+5: one: steps refer to each other in a circle: one -> two -> one
+""",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_what_isnt_supported_is_told(case: str, tmp_path: Path) -> None:
+    text, said = MISTAKES[case]
+    found = [problem.removeprefix("m.yml:") for problem in mistakes(tmp_path, text)]
+    for wanted in said.splitlines():
+        assert sum(problem.startswith(wanted) for problem in found) == 1, (wanted, found)
+    assert len(found) == len(said.splitlines()), found
+
+
+def test_lines_of_later_documents(make_model: Make, tmp_path: Path) -> None:
+    """What is wrong with a step names its own document's line, not the first's."""
+    text = f"""\
+name: soup
+merge_method: linear
+models:
+  - model: {make_model(name="x", num_hidden_layers=3)}
+---
+name: tall
+merge_method: passthrough
+slices:
+  - sources: [{{model: soup, layer_range: [0, 3]}}]
+  - sources:
+      - model: soup
+        layer_range: [1, 4]
+---
+merge_method: ties
+base_model: soup
+models: [{{model: {make_model(name="y", vocab_size=32, num_hidden_layers=3)}}}]
+"""
+    recipe = load(tmp_path, text)
+    with pytest.raises(RecipeError) as error:
+        build(recipe, open_inputs(recipe), Work(measure=False))
+    found = [problem.replace(str(tmp_path), "") for problem in error.value.problems]
+    assert len(found) == 3
+    assert found[0] == (
+        "/m.yml:9: tall.slices[0].sources[0]: layers: 1-3 isn't among the 3 layers, which are 0 to 2"
+    )
+    assert all(text.startswith("/m.yml:14: merge-3: ") for text in found[1:])
+
+
+def test_models_that_arent_there(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "merge_method: linear\nmodels:\n  - model: ./x\n  - model: ./y\n")
+    with pytest.raises(NotFoundError) as error:
+        open_inputs(recipe)
+    assert [text.replace(str(tmp_path), "").split(" there")[0] for text in error.value.problems] == [
+        "/m.yml:3: inputs../x: './x':", "/m.yml:4: inputs../y: './y':",
+    ]  # fmt: skip
+
+
+def test_a_mergekit_file_is_run(make_model: Make, tmp_path: Path) -> None:
+    """From the command line, where to is said by -o; the record has the file."""
+    from surgery.commands.main import app
+    from typer.testing import CliRunner
+
+    for at, name in enumerate(("base", "a")):
+        make_model(name=name, seed=at)
+    (tmp_path / "m.yml").write_text(
+        f"merge_method: task_arithmetic\nbase_model: {tmp_path}/base\n"
+        f"models: [{{model: {tmp_path}/a, parameters: {{weight: 0.5, t: 1}}}}]\ndtype: float16\n"
+    )
+    result = CliRunner().invoke(
+        app, ["run", f"{tmp_path}/m.yml", "-o", f"{tmp_path}/out", "--json"]
+    )
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["recipe"]["merge_method"] == "task_arithmetic"
+    assert "note: task_arithmetic has no parameter t" in result.stderr
+    base, a, made = (
+        load_file(tmp_path / name / "model.safetensors") for name in ("base", "a", "out")
+    )
+    for name, found in made.items():
+        assert found.dtype == torch.float16
+        wanted = base[name] + 0.5 * (a[name] - base[name])
+        torch.testing.assert_close(found, wanted.half(), rtol=1e-3, atol=1e-4)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
