@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -40,11 +41,11 @@ def apply(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json)
-    edited = surgery.apply(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        *(surgery.open_task_vector(vector, headers_only=dry_run) for vector in vectors),
-        scale=_scales(scale),
-    )
+    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    updates = [surgery.open_task_vector(vector, headers_only=dry_run) for vector in vectors]
+    if dry_run:  # whose they are is told by their base's weights, which aren't read
+        updates = [replace(update, base=given) for update in updates]
+    edited = surgery.apply(given, *updates, scale=_scales(scale))
     if dry_run:
         show_plan(edited, target)
         return

@@ -472,6 +472,7 @@ steps:
     shown = done("run", path, "--dry-run").stdout
     assert f"Would write to {tmp_path}/deep" in shown
     assert f"Would write to {tmp_path}/applied" in shown
+    done("apply", family["base"], tmp_path / "tau", "-o", tmp_path / "x", "--dry-run")
     assert files_in(tmp_path) == kept
 
 
