@@ -136,7 +136,7 @@ def test_parameters_can_differ_by_tensor(family: list[Path]) -> None:
     up, q = "model.layers.1.mlp.up_proj.weight", "model.layers.1.self_attn.q_proj.weight"
     assert torch.equal(edited[up].whole(), base[up].whole())
     torch.testing.assert_close(edited[q].whole(), a[q].whole())
-    with pytest.raises(ArgumentError, match=r"embed_tokens.weight: there is no parameter 'wieght'"):
+    with pytest.raises(ArgumentError, match=r"^there is no parameter 'wieght'"):
         merge([a], base=base, method="task_arithmetic", per_tensor=lambda name: {"wieght": 1})
 
 
