@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -45,6 +46,8 @@ def apply(
     target = Target(out, max_shard_size, threads, overwrite, json)
     given = surgery.open_checkpoint(base, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
+    if dry_run:  # whose they are is told by their base's weights, which aren't read
+        opened = [replace(vector, base=given) for vector in opened]
     edited = surgery.apply(given, *opened, scale=_scales(scale))
     if dry_run:
         show_plan(edited, target)

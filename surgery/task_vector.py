@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -145,7 +146,7 @@ def open_task_vector(reference: str | Path, *, headers_only: bool = False) -> Ta
 
 def is_task_vector(reference: str | Path) -> bool:
     """Whether that is a directory here that holds a task vector."""
-    return (Path(reference) / TASK_VECTOR).is_file()
+    return os.path.isfile(Path(reference) / TASK_VECTOR)  # Path's own raises for a long name
 
 
 def _base(table: Mapping[str, Any], path: Path) -> Base:

@@ -343,12 +343,14 @@ def nothing_read(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_inputs_are_all_looked_at(family: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     steps = "steps: {m: {merge: {models: [a, b, c], method: linear}}}"
-    path = recipe(tmp_path, steps, a="./nowhere", b=tmp_path / "broken", c=family["a"])
+    path = recipe(tmp_path, steps, a="./nowhere", b=tmp_path / "broken", c=family["a"],
+                  d="./" + "x" * 5000)  # fmt: skip
     result = surgery("run", path, "-o", tmp_path / "out")
     assert result.exit_code == 3
-    first, second = problems(result)
+    first, second, third = problems(result)
     assert first.startswith(f"{path}:2: inputs.a: './nowhere': there is no such directory")
     assert second.startswith(f"{path}:3: inputs.b: {tmp_path}/broken has no safetensors file")
+    assert third.startswith(f"{path}:5: inputs.d: './xxx")
 
 
 @pytest.mark.usefixtures("nothing_read")
@@ -430,6 +432,10 @@ steps:
     code, found = run(tmp_path / "x", out)
     assert (code, len(found)) == (5, 1)
     assert "exists already" in found[0]
+    for impossible in (out / "file" / "x", out / ("x" * 300)):
+        code, found = run(tmp_path / "x", impossible)
+        assert (code, len(found)) == (5, 1)
+        assert f"{impossible} can't be written: " in found[0]
     (out / "file").unlink()
     out.rmdir()
     (tmp_path / "recipe.yml").unlink()
@@ -472,6 +478,7 @@ steps:
     shown = done("run", path, "--dry-run").stdout
     assert f"Would write to {tmp_path}/deep" in shown
     assert f"Would write to {tmp_path}/applied" in shown
+    done("apply", family["base"], tmp_path / "tau", "-o", tmp_path / "x", "--dry-run")
     assert files_in(tmp_path) == kept
 
 
@@ -551,7 +558,9 @@ def test_a_report_of_what_holds(family: dict[str, Path], tmp_path: Path) -> None
     for place, said in (
         (tmp_path / "no" / "r.xml", "there is no directory"),
         (tmp_path, "that is a directory"),
-        (tmp_path / "out" / "r.xml", "would be inside"),
+        (tmp_path / "out" / "r.xml", "which is written as a whole"),
+        (family["base"] / "r.xml", "which is an input"),
+        (path, "would replace the recipe"),
     ):
         result = surgery("run", path, "-o", tmp_path / "out", "--overwrite", "--report", place)
         assert result.exit_code == 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
@@ -89,8 +90,8 @@ def open_adapter(reference: str | Path, *, headers_only: bool = False) -> Adapte
 
 def is_adapter(reference: str | Path) -> bool:
     """Whether that is a directory here that holds a PEFT adapter and no model."""
-    folder = Path(reference).expanduser()
-    return (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    folder = Path(reference).expanduser()  # Path's own is_file raises for a long name
+    return os.path.isfile(folder / CONFIG) and not os.path.isfile(folder / "config.json")
 
 
 def _check_files(source: Source) -> None:

@@ -12,17 +12,13 @@ from surgery.merging.methods import METHODS, Method
 from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
 from surgery.recipe.graph import Problems, needed_for, ordered
-from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
-from surgery.recipe.settings import (
-    Constant,
-    Gradient,
-    Layered,
-    Rule,
-    Rules,
-    Setting,
-    is_number,
-    shortened,
+from surgery.recipe.mergekit_parameters import (
+    Slice,
+    Source,
+    merged_settings,
+    parameters_in,
 )
+from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
@@ -34,36 +30,6 @@ REFUSED = {
     "input_model_parameters": "give parameters beside each model",
 }
 DTYPES = ("float32", "float16", "bfloat16", "float64")
-IRRELEVANT = ("int8_mask", "eps")
-"""Parameters that save mergekit memory, or keep it from dividing by zero."""
-DEFAULTS: Mapping[str, Mapping[str, float]] = {
-    name: {"density": 1.0}
-    for name, m in METHODS.items()
-    if "density" in [p.name for p in m.parameters]
-}
-"""Defaults that differ from ours."""
-ONLY = {
-    "filter_wise": (False, "model_stock is per tensor here"),
-    "nuslerp_flatten": (True, "nuslerp is per tensor here"),
-    "nuslerp_row_wise": (False, "nuslerp is per tensor here"),
-    "embed_slerp": (False, "embeddings are merged by the method itself here"),
-}
-"""Parameters of which one value alone is supported, and why."""
-PARAMETERS = sorted({p.name for method in METHODS.values() for p in method.parameters})
-
-
-@dataclass(frozen=True)
-class _Source:
-    """A model in a merge, with its blocks if it is part of a slice."""
-
-    model: str
-    at: Steps
-    parameters: Any
-    blocks: tuple[int, int] | None = None
-
-
-_Slice = tuple[list[_Source], dict[str, Setting]]
-"""The sources of a run of blocks (or of whole models), and parameters for it alone."""
 
 
 @dataclass
@@ -197,10 +163,12 @@ def _document(one: _Translation, name: str) -> None:
     if ("models" in data) == ("slices" in data):
         problems.add((), "give either models or slices")
         return
-    parameters = _parameters(one, data.get("parameters"), ("parameters",), method)
+    parameters = parameters_in(
+        data.get("parameters"), ("parameters",), method, one.problems, one.notes
+    )
     base = one.refer(data["base_model"], ("base_model",)) if data.get("base_model") else None
     if "models" in data:
-        slices: list[_Slice] = [(_models(one, data["models"], base, method), {})]
+        slices: list[Slice] = [(_models(one, data["models"], base, method), {})]
     else:
         slices = _slices(one, data["slices"], method)
     written = {"dtype": _dtype(one), **_tokenizer(one)}
@@ -210,7 +178,7 @@ def _document(one: _Translation, name: str) -> None:
     based, models = columns
     _note_left_out(one, models, method)
     cut = "slices" in data
-    settings = _settings(method, slices, models, parameters)
+    settings = merged_settings(method, slices, models, parameters)
     arguments = MergeArguments(
         models=[
             _column(one, name, at, column) if cut else column[0].model
@@ -236,7 +204,7 @@ def _document(one: _Translation, name: str) -> None:
     )
 
 
-def _models(one: _Translation, given: Any, base: str | None, method: Method) -> list[_Source]:
+def _models(one: _Translation, given: Any, base: str | None, method: Method) -> list[Source]:
     """The sources of a merge of whole models. A base that isn't among them is one too where the
     method treats all alike."""
     at: Steps = ("models",)
@@ -245,21 +213,23 @@ def _models(one: _Translation, given: Any, base: str | None, method: Method) -> 
         return []
     sources = [_source(one, item, (*at, number), method) for number, item in enumerate(given)]
     if base is not None and method.base == "none" and base not in [s.model for s in sources]:
-        sources.append(_Source(base, ("base_model",), {}))
+        sources.append(Source(base, ("base_model",), {}))
     return sources
 
 
 def _source(
     one: _Translation, item: Any, at: Steps, method: Method, extra: tuple[str, ...] = ()
-) -> _Source:
+) -> Source:
     if not isinstance(item, Mapping) or "model" not in item:
         one.problems.add(at, "give the model: - model: org/name")
-        return _Source("", at, {})
+        return Source("", at, {})
     for key in item:
         if key not in ("model", "parameters", *extra):
             one.problems.add((*at, key), unknown("key", key, ["model", "parameters", *extra]))
     model = one.refer(item["model"], (*at, "model"))
-    parameters = _parameters(one, item.get("parameters"), (*at, "parameters"), method)
+    parameters = parameters_in(
+        item.get("parameters"), (*at, "parameters"), method, one.problems, one.notes
+    )
     blocks = None
     if "layer_range" in extra:
         given = item.get("layer_range")
@@ -269,10 +239,10 @@ def _source(
         else:
             one.problems.add((*at, "layer_range"), f"{given!r} isn't [first, one past the last]")
             blocks = (0, 1)
-    return _Source(model, at, parameters, blocks)
+    return Source(model, at, parameters, blocks)
 
 
-def _slices(one: _Translation, given: Any, method: Method) -> list[_Slice]:
+def _slices(one: _Translation, given: Any, method: Method) -> list[Slice]:
     """For every slice its sources and its own parameters."""
     if not isinstance(given, list) or not given:
         one.problems.add(("slices",), "this is a list of slices, each with its sources")
@@ -295,12 +265,17 @@ def _slices(one: _Translation, given: Any, method: Method) -> list[_Slice]:
         if len(lengths) > 1:
             one.problems.add(at, f"its sources have {sorted(lengths)} blocks, and need as many")
         slices.append(
-            (found, _parameters(one, item.get("parameters"), (*at, "parameters"), method))
+            (
+                found,
+                parameters_in(
+                    item.get("parameters"), (*at, "parameters"), method, one.problems, one.notes
+                ),
+            )
         )
     return slices
 
 
-def _note_left_out(one: _Translation, models: Sequence[Sequence[_Source]], method: Method) -> None:
+def _note_left_out(one: _Translation, models: Sequence[Sequence[Source]], method: Method) -> None:
     """Parameters beside a model that are one for all models."""
     for parameter in method.parameters:
         beside = [s for column in models for s in column if parameter.name in s.parameters]
@@ -313,15 +288,15 @@ def _note_left_out(one: _Translation, models: Sequence[Sequence[_Source]], metho
 
 def _columns(
     one: _Translation,
-    slices: Sequence[tuple[Sequence[_Source], Any]],
+    slices: Sequence[tuple[Sequence[Source], Any]],
     base: str | None,
     method: Method,
-) -> tuple[list[_Source], list[list[_Source]]] | None:
+) -> tuple[list[Source], list[list[Source]]] | None:
     """What is merged with what: the base's sources, one for each slice, and those of each model."""
     if not slices or not all(sources for sources, _ in slices):
         return None
-    based: list[_Source] = []
-    rest: list[list[_Source]] = []
+    based: list[Source] = []
+    rest: list[list[Source]] = []
     for number, (sources, _) in enumerate(slices):
         own = [s for s in sources if s.model == base and method.base != "none"]
         others = [s for s in sources if s not in own]
@@ -346,7 +321,7 @@ def _columns(
     return based, [list(column) for column in zip(*rest, strict=True)]
 
 
-def _column(one: _Translation, name: str, at: int, column: Sequence[_Source]) -> str:
+def _column(one: _Translation, name: str, at: int, column: Sequence[Source]) -> str:
     """The name of a step that puts the blocks of a column together."""
     arguments = ComposeArguments(
         blocks=[
@@ -363,113 +338,6 @@ def _column(one: _Translation, name: str, at: int, column: Sequence[_Source]) ->
     )
     one.steps.append(step)
     return step.name
-
-
-def _settings(
-    method: Method,
-    slices: Sequence[tuple[Sequence[_Source], Mapping[str, Setting]]],
-    models: Sequence[Sequence[_Source]],
-    everywhere: Mapping[str, Setting],
-) -> dict[str, Setting | tuple[Setting | None, ...]]:
-    """The parameters by mergekit's precedence: of a source, of its slice, of the whole."""
-    settings: dict[str, Setting | tuple[Setting | None, ...]] = {}
-    for parameter in method.parameters:
-        name = parameter.name
-        default = DEFAULTS.get(method.name, {}).get(name)
-        general = [everywhere[name]] if name in everywhere else []
-        general += [] if default is None else [Constant(default)]
-        by_model = []
-        for column in models:
-            spans = {
-                number: tuple(
-                    given[name]
-                    for given in (source.parameters, own)
-                    if name in given and (parameter.per_model or len(models) == 1 or given is own)
-                )
-                for number, (source, (_, own)) in enumerate(zip(column, slices, strict=True))
-            }
-            by_model.append(_layered(general, spans))
-        if parameter.per_model and any(one is not None for one in by_model):
-            settings[name] = tuple(by_model)
-        elif not parameter.per_model and by_model[0] is not None:
-            settings[name] = by_model[0]
-    return settings
-
-
-def _layered(
-    general: Sequence[Setting], spans: Mapping[int, tuple[Setting, ...]]
-) -> Setting | None:
-    if not any(spans.values()):
-        return (
-            None
-            if not general
-            else general[0]
-            if len(general) == 1
-            else Layered(tuple(general), {})
-        )
-    return Layered(tuple(general), spans)
-
-
-def _parameters(one: _Translation, given: Any, at: Steps, method: Method) -> dict[str, Setting]:
-    """The parameters in a `parameters:` table that this method has."""
-    if given is None:
-        return {}
-    if not isinstance(given, Mapping):
-        one.problems.add(at, "this is a table of parameters")
-        return {}
-    own = [parameter.name for parameter in method.parameters]
-    found = {}
-    for key, value in given.items():
-        if key in IRRELEVANT:
-            continue
-        if key in ONLY:
-            wanted, why = ONLY[key]
-            if value is not wanted:
-                one.problems.add((*at, key), f"{key}: {value!r} isn't supported: {why}")
-        elif key in own:
-            try:
-                found[key] = _setting(value)
-            except ValueError as error:
-                one.problems.add((*at, key), str(error))
-        elif key in PARAMETERS:
-            one.notes[
-                f"{method.name} has no parameter {key}, and leaves it out as mergekit does"
-            ] = None
-        else:
-            one.problems.add((*at, key), unknown(f"parameter of {method.name}", key, PARAMETERS))
-    return found
-
-
-def _setting(value: Any) -> Setting:
-    """A number, a gradient, or conditions by what a name contains."""
-    if isinstance(value, bool) or is_number(value):
-        return Constant(value)
-    if isinstance(value, Mapping):
-        return Rules((_condition(value),))
-    if isinstance(value, list) and value:
-        if all(isinstance(item, Mapping) for item in value):
-            return Rules(tuple(_condition(item) for item in value))
-        if all(map(is_number, value)):
-            return Gradient(tuple(map(float, value)))
-    raise ValueError(
-        f"{shortened(value)} is neither a finite number, nor a list of them, nor conditions"
-    )
-
-
-def _condition(given: Mapping[str, Any]) -> Rule:
-    for key in given:
-        if key not in ("filter", "value"):
-            raise ValueError(unknown("key", key, ["filter", "value"]))
-    if "value" not in given:
-        raise ValueError("a condition has a value")
-    if isinstance(given["value"], Mapping) or _has_tables(given["value"]):
-        raise ValueError("the value of a condition is a number, or a list of them")
-    wanted = given.get("filter")
-    return Rule(_setting(given["value"]), contains=None if wanted in (None, "*") else str(wanted))
-
-
-def _has_tables(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(item, Mapping) for item in value)
 
 
 def _dtype(one: _Translation) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -54,8 +55,9 @@ def run_recipe(
     work, proving = work or Work(), proving or Proving()
     required = requirements(recipe, verify=verify)
     targets = targets_of(recipe, out)
-    _check_report(report, targets)
     inputs = open_inputs(recipe)
+    if report is not None:
+        _check_report(Path(report).absolute(), recipe, targets, inputs)
     planned = build(recipe, inputs, Work(measure=False))
     check_requirements(recipe, planned, required, proving)
     check_targets(targets, inputs, planned, overwrite=overwrite)
@@ -90,7 +92,11 @@ def run_recipe(
 
 def targets_of(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:
     """Where what is written, the output last. Raises ArgumentError or OutputError."""
-    targets = {s.name: Path(s.write).absolute() for s in recipe.steps if s.write is not None}
+    targets = {
+        step.name: Path(os.path.expanduser(step.write)).absolute()
+        for step in recipe.steps
+        if step.write is not None
+    }
     own = targets.pop(recipe.output, None)
     if out is None and own is None:
         raise ArgumentError(
@@ -154,17 +160,19 @@ def _verification(checks: Sequence[Check]) -> dict[str, Any] | None:
     }
 
 
-def _check_report(report: str | Path | None, targets: Mapping[str, Path]) -> None:
-    """Raise OutputError if the report couldn't be written, or would be where an output goes."""
-    if report is None:
-        return
-    path = Path(report).absolute()
+def _check_report(
+    path: Path, recipe: Recipe, targets: Mapping[str, Path], inputs: Mapping[str, Model]
+) -> None:
+    """Raise OutputError if the report couldn't be written, or would harm what is there."""
     if path.is_dir() or not path.parent.is_dir():
         why = "that is a directory" if path.is_dir() else f"there is no directory {path.parent}"
-        raise OutputError(f"the report can't be written to {report}: {why}")
+        raise OutputError(f"the report can't be written to {path}: {why}")
+    if path.resolve() == Path(recipe.document.path).resolve():
+        raise OutputError(f"the report would replace the recipe {path}: choose another place")
+    read = {place for model in inputs.values() for place in model.paths}
     OutputError.raise_if(
-        f"the report {report} would be inside {target}, which is written as a whole: choose "
-        f"another place"
-        for target in targets.values()
-        if target in path.parents
+        f"the report {path} would be inside {place}, which is {what}: choose another place"
+        for what, places in (("an input", read), ("written as a whole", targets.values()))
+        for place in sorted(places)
+        if place.resolve() in path.resolve().parents
     )

@@ -14,6 +14,12 @@ from surgery.errors import OutputError
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
     """Raise OutputError if writing to `target` could harm what is there, or an input."""
+    try:
+        target.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:  # a name that is too long, a parent that is a file
+        raise OutputError(f"{target} can't be written: {error.strerror}") from error
     problems = []
     real = target.resolve()
     ours = {_staging_folder(target).resolve(), _replaced_folder(target).resolve()}
