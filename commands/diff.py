@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import MODEL, AsJson, Threads
-from .output import console, print_json, progress, table
+from .output import console, groups, print_json, progress, table
 
 if TYPE_CHECKING:
     from surgery.operations.diff import Difference
@@ -98,10 +98,13 @@ def _print(found: Difference) -> None:
 
 def _matrix(title: str, cells: dict[tuple[str, int], str]) -> None:
     """One row for each block, one column for each module."""
+    out = console()
     modules = list(dict.fromkeys(module for module, _ in cells))
-    made = table(
-        "block", *(module.rpartition(".")[2].replace("_", "_\n") for module in modules), title=title
-    )
-    for block in sorted({block for _, block in cells}):
-        made.add_row(str(block), *(cells.get((module, block), "") for module in modules))
-    console().print(made)
+    headings = [module.rpartition(".")[2].replace("_", "_\n") for module in modules]
+    widths = [max(map(len, (*heading.split("\n"), "0.0000"))) + 2 for heading in headings]
+    for number, (first, end) in enumerate(groups(widths, out.width - len("block") - 2)):
+        made = table("block", *headings[first:end], title=None if number else title)
+        for block in sorted({block for _, block in cells}):
+            row = (cells.get((module, block), "") for module in modules[first:end])
+            made.add_row(str(block), *row)
+        out.print(made)

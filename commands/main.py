@@ -6,6 +6,8 @@ Nothing heavy is imported before a verb runs: `surgery --help` needs no torch.
 from __future__ import annotations
 
 import functools
+import inspect as inspection
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -74,11 +76,17 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     return run_verb
 
 
+def _paragraphs(verb: Callable[..., None]) -> str:
+    """A docstring as help: its lines run on, so that a terminal can break them where it ends."""
+    text = inspection.getdoc(verb) or ""
+    return "\n\n".join(" ".join(part.split()) for part in text.split("\n\n"))
+
+
 VERBS = (
     inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, run_, verify, demo,
 )  # fmt: skip
 for verb in VERBS:
-    app.command()(with_exit_codes(verb))
+    app.command(help=_paragraphs(verb))(with_exit_codes(verb))
 
 
 def _version(wanted: bool) -> None:
@@ -105,4 +113,11 @@ def _terminate(signum: int, frame: FrameType | None) -> None:
 def run() -> None:
     """The console script."""
     signal.signal(signal.SIGTERM, _terminate)
-    app()
+    try:
+        app()
+    except SystemExit as left:
+        if left.code == INTERRUPTED:  # native threads may be at work, and would abort the exit
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
+        raise

@@ -70,6 +70,7 @@ def merge(
     and its beta the method's lambda. arXiv 2410.17146.
     """
     import surgery
+    from surgery.writing.staging import check_target
 
     target = Target(out, max_shard_size, threads, overwrite, json)
     given = _parameters(weight, density, param or [])
@@ -83,6 +84,8 @@ def merge(
     if tokenizer not in (None, "base", "union"):  # its tokenizer is wanted, and no weights
         vocabulary = surgery.open_checkpoint(str(tokenizer), headers_only=True)
     base, tuned = (None, opened) if no_base else (opened[0], opened[1:])
+    if not dry_run:  # before --lines auto reads every byte
+        check_target(out.absolute(), [p for m in opened for p in m.paths], overwrite=overwrite)
 
     def run(advance: Any = None) -> Checkpoint:
         return surgery.merge(
@@ -177,11 +180,16 @@ def _print(written: Written) -> None:
         if earlier["operation"] == "vocabulary":
             _print_vocabulary(earlier)
     if scaling := edit["details"].get("lines"):
-        out.print(f"lambda from {scaling['alpha']:.4g} to {scaling['alpha'] + scaling['beta']:.4g}")
-    inputs = len(edit["inputs"])
-    out.print(f"Merged {inputs} checkpoints with {edit['parameters']['method']}")
-    for text in written.record["notes"]:
-        out.print(f"note: {text}")
+        first, last = scaling["alpha"], scaling["alpha"] + scaling["beta"]
+        out.print(f"lambda from {first:.4g} to {last:.4g}")
+        if max(first, last) > 1 and edit["parameters"]["lines"] == "auto":
+            out.print(
+                "The merged update is made larger: auto adds the method's lambda (1 unless given) on "
+                "top of alpha. Give a smaller one (--param lambda=0.5), or --lines ALPHA,BETA."
+            )
+    models = sum(role.startswith("model") for role in edit["inputs"])
+    onto = " onto the base" if "base" in edit["inputs"] else ""
+    out.print(f"Merged {models} model{'s'[: models > 1]}{onto} with {edit['parameters']['method']}")
     out.print(f"Written to {written.target}")
 
 

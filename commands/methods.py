@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .options import AsJson
-from .output import console, print_json, table
+from .output import console, print_json
 
 if TYPE_CHECKING:
     from surgery.merging.methods import Method
@@ -14,33 +14,33 @@ if TYPE_CHECKING:
 
 def methods(json: AsJson = False) -> None:
     """The ways to merge: what each is good for, its parameters, and the paper."""
+    from rich.padding import Padding
+    from rich.text import Text
+
     from surgery.merging.methods import METHODS
 
     if json:
         print_json([_as_json(method) for method in METHODS.values()])
         return
-    rows = table("method", "good for", "base", "models", "parameters", "paper",
-                 left=("method", "good for", "base", "models", "parameters", "paper"))  # fmt: skip
-    for at in (1, 4):
-        rows.columns[at].no_wrap = False
-    for method in METHODS.values():
-        rows.add_row(
-            method.name,
-            method.summary,
-            {"needed": "yes", "optional": "may", "none": "no"}[method.base],
-            _count(method),
-            ", ".join(_shown(p) for p in method.parameters),
-            f"arXiv {method.paper}" if method.paper else "",
-        )
     out = console()
-    out.print(rows)
+    for method in METHODS.values():
+        paper = f", arXiv {method.paper}" if method.paper else ""
+        out.print(Text(method.name, style="bold"), f"({_takes(method)}{paper})")
+        out.print(Padding(method.summary, (0, 0, 0, 4), expand=False))
+        if method.parameters:
+            shown = ", ".join(_shown(parameter) for parameter in method.parameters)
+            out.print(Padding(shown, (0, 0, 0, 4), expand=False))
     out.print("A parameter without a default has to be given. `surgery methods --json` says what")
     out.print("each means, its range, and whether it can differ from model to model.")
 
 
-def _count(method: Method) -> str:
+def _takes(method: Method) -> str:
+    """How many models, and whether a base."""
     least, most = method.models
-    return f"{least}" if least == most else f"{least} or more"
+    count = f"{least} model{'s' if least > 1 else ''}" + ("" if least == most else " or more")
+    return {"needed": "a base and ", "optional": "a base if you like, and ", "none": ""}[
+        method.base
+    ] + count
 
 
 def _shown(parameter: Parameter) -> str:

@@ -54,6 +54,19 @@ def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> 
     return made
 
 
+def groups(widths: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """Columns as ranges that fit a table of so much room each, one column at least."""
+    ranges = [[0, 0]]
+    used = 0
+    for at, width in enumerate(widths):
+        if used + width > room and ranges[-1][1] > ranges[-1][0]:
+            ranges.append([at, at])
+            used = 0
+        used += width
+        ranges[-1][1] = at + 1
+    return [(first, end) for first, end in ranges]
+
+
 def size(nbytes: float) -> str:
     """Bytes for people: 2.20 GB."""
     for unit in ("bytes", "kB", "MB", "GB"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,7 +27,10 @@ from .output import command_line, console, note, print_json, print_plan, progres
 from .writes import Proof, Target, planned
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from surgery.recipe import Outcome, Recipe
+    from surgery.recipe.checks import Check
 
 
 def run(
@@ -77,6 +81,7 @@ def run(
         verify=verify,
         proving=Proving(logits, device.value, verify_dtype.value),
         report=report,
+        checked=partial(_show_checks, json=json),
         work=Work(threads=threads, bar=progress),
         command=command_line(),
     )
@@ -121,23 +126,25 @@ def _output_first(told: dict[str, dict[str, Any]], output: str) -> dict[str, Any
     return {**told[output], **({"steps": others} if others else {})}
 
 
+def _show_checks(checks: Sequence[Check], *, json: bool) -> None:
+    """What was found, also where something doesn't hold and nothing will be written."""
+    if json:
+        if any(check.problems for check in checks):
+            print_json({"out": None, "checks": [check.as_json() for check in checks]})
+        return
+    if not checks:
+        return
+    rows = table("check", "result", "max |d|", "KL mean", "top-1", left=("check", "result"))
+    rows.columns[0].no_wrap = False
+    for check in checks:
+        logits = check.verification.logits
+        figures = [None] * 3 if logits is None else [logits.max_difference, logits.kl_mean]
+        shown = ["" if figure is None else f"{figure:.2g}" for figure in figures[:2]]
+        top1 = "" if logits is None or logits.top1 is None else f"{logits.top1:.1%}"
+        rows.add_row(check.name, "FAILS" if check.problems else "holds", *shown, top1)
+    console().print(rows)
+
+
 def _print(outcome: Outcome) -> None:
-    out = console()
-    if outcome.checks:
-        rows = table("check", "result", "max |d|", "KL mean", "same first choice",
-                     left=("check", "result"))  # fmt: skip
-        for check in outcome.checks:
-            logits = check.verification.logits
-            shown = (
-                ("", "", "")
-                if logits is None
-                else (
-                    f"{logits.max_difference:.2g}",
-                    "" if logits.kl_mean is None else f"{logits.kl_mean:.2g}",
-                    "" if logits.top1 is None else f"{logits.top1:.1%}",
-                )
-            )
-            rows.add_row(check.name, "holds", *shown)
-        out.print(rows)
     for name, written in outcome.written.items():
-        out.print(f"{name} written to {written.target}")
+        console().print(f"{name} written to {written.target}")

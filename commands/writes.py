@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .output import command_line, plan_as_json, print_json, print_plan, progress
+from .output import command_line, note, plan_as_json, print_json, print_plan, progress
 from .proof import print_verification, prove
 
 if TYPE_CHECKING:
@@ -85,6 +85,8 @@ def write_edited(
             verification=verification,
             command=command_line(),
         )
+    for text in edited.notes:
+        note(f"note: {text}")
     if target.json:
         print_json({"out": str(target.out), **written.record})
     return written

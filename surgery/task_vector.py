@@ -76,7 +76,9 @@ class TaskVector(Weights):
             raise MismatchError(
                 f"the task vector belongs to {self.base_reference} (fingerprint "
                 f"{self.base.fingerprint[:12]}), and {name} has other weights "
-                f"({other.fingerprint[:12]}): give the base that it was made from"
+                f"({other.fingerprint[:12]}): give the base that it was made from; to change "
+                f"another model, merge: `surgery merge BASE MODEL TUNED --method task_arithmetic "
+                f"--weight 1,-0.5`"
             )
 
     def __add__(self, other: TaskVector) -> TaskVector:

@@ -14,6 +14,7 @@ from typing import Any
 import hypothesis.strategies as st
 import pytest
 import torch
+from conftest import save_raw
 from families import (
     FAMILIES,
     ROOT,
@@ -28,6 +29,7 @@ from hypothesis import given, settings
 
 from surgery import (
     Checkpoint,
+    FormatError,
     MismatchError,
     UnsupportedError,
     VerificationError,
@@ -442,7 +444,8 @@ def test_a_fine_tuned_model_is_reported_and_not_judged():
     assert found.logits.max_difference > 0.1
     assert found.summary == (
         f"logits of 128 tokens in float32 on cpu differ by at most "
-        f"{found.logits.max_difference:.3g} (noise floor {found.logits.noise_floor:.3g})"
+        f"{found.logits.max_difference:.3g} (noise floor {found.logits.noise_floor:.3g}), "
+        f"KL mean {found.logits.kl_mean:.3g}, first choices agree on {found.logits.top1:.1%}"
     )
     found.require()
     assert verify(base, tuned, logits=False).summary == "nothing was compared"
@@ -488,3 +491,13 @@ def test_tensors_alone_can_be_certified(tmp_path: Path):
     write(grow(base, factor=1.5), tmp_path / "grown")
     assert not (tmp_path / "grown/config.json").exists()
     assert verify(base, open_checkpoint(tmp_path / "grown"), logits=False).passed is True
+
+
+def test_logits_that_arent_finite_prove_nothing(tmp_path: Path) -> None:
+    weights = {name: tensor.whole() for name, tensor in open_checkpoint(build("llama")).items()}
+    name = next(name for name in weights if name.endswith("up_proj.weight"))
+    weights[name][0, 0] = float("nan")
+    config = json.loads((build("llama") / "config.json").read_text())
+    broken = open_checkpoint(save_raw(tmp_path / "nan", weights, config=config))
+    with pytest.raises(FormatError, match=r"nan gives logits that aren't finite"):
+        verify(broken, grow(broken, factor=2), device="cpu")

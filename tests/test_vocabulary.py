@@ -836,7 +836,7 @@ def test_the_command_line(model: Make, tmp_path: Path) -> None:
     assert not out.exists()
     done = surgery("--tokenizer", "union", "--pad-to-multiple-of", "8")
     assert done.exit_code == 0, done.stderr
-    for text in ("another's", "11", "16", "Merged 2 checkpoints"):
+    for text in ("another's", "11", "16", "Merged 1 model onto the base"):
         assert text in done.stdout
     assert load_file(out / "model.safetensors")[EMBEDDING].shape == (16, 16)
     again = surgery("--tokenizer", str(tuned), "--overwrite")

@@ -1301,3 +1301,11 @@ def test_values_made_on_demand_are_written(checkpoint: Checkpoint, tmp_path: Pat
     tensor = noise((30, 7), 1, "w")
     write(replace(checkpoint, tensors={"w": tensor}), tmp_path / "out", threads=2)
     assert whole(open_checkpoint(tmp_path / "out")) == {"w": bytes_of(tensor.whole())}
+
+
+def test_what_is_no_model_isnt_replaced(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "precious.txt").write_text("x")
+    with pytest.raises(OutputError, match="holds no model that could be replaced"):
+        write(checkpoint, tmp_path / "home", overwrite=True)
+    assert (tmp_path / "home" / "precious.txt").read_text() == "x"

@@ -32,7 +32,7 @@ def load_recipe(path: str | Path, *, changes: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path} is empty")
     for change in changes:
         documents[-1] = _changed(documents[-1], change)
-    if any(isinstance(d.data, Mapping) and "merge_method" in d.data for d in documents):
+    if any(isinstance(d.data, Mapping) and _is_mergekits(d.data) for d in documents):
         from surgery.recipe.mergekit import translate
 
         return translate(documents)
@@ -42,6 +42,12 @@ def load_recipe(path: str | Path, *, changes: Sequence[str] = ()) -> Recipe:
             f"to each other"
         )
     return _recipe(documents[0])
+
+
+def _is_mergekits(data: Mapping[str, Any]) -> bool:
+    """Whether a configuration is one of mergekit's, be it with a mistake in it."""
+    theirs = {"merge_method", "models", "slices", "base_model", "experts", "gate_mode"}
+    return "steps" not in data and not theirs.isdisjoint(data)
 
 
 def _changed(document: Document, change: str) -> Document:

@@ -25,6 +25,8 @@ KEYS = (
     "tokenizer_source", "tokenizer", "name", "out_path",
 )  # fmt: skip
 REFUSED = {
+    "experts": "mixtures of experts aren't made here (mergekit-moe)",
+    "gate_mode": "mixtures of experts aren't made here (mergekit-moe)",
     "modules": "models made of several modules aren't supported yet",
     "chat_template": "put the template into the output's tokenizer files instead",
     "input_model_parameters": "give parameters beside each model",

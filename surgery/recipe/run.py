@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,6 +38,7 @@ def run_recipe(
     verify: bool = True,
     proving: Proving | None = None,
     report: str | Path | None = None,
+    checked: Callable[[Sequence[Check]], object] | None = None,
     work: Work | None = None,
     command: str | None = None,
 ) -> Outcome:
@@ -47,7 +48,8 @@ def run_recipe(
     opened and all steps checked, from headers, before anything is read; then what has to hold is
     checked, and only then is anything written. With `verify` steps that promise to keep the
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
-    file for the results of the checks, in JUnit's format, written whether they hold or not.
+    file for the results of the checks, in JUnit's format, written whether they hold or not, and
+    `checked` is called with them.
 
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
@@ -69,6 +71,8 @@ def run_recipe(
     if report is not None:
         cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
         write_report(Path(report), recipe.document.path, cases)
+    if checked is not None:
+        checked(checks)
     VerificationError.raise_if(problem for one in checks for problem in one.problems)
     proved = {tuple(r.pair): r for r, _ in required if r.same}
     written = {}

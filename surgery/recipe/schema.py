@@ -216,9 +216,11 @@ class Requirement(BaseModel):
             raise ValueError("same has no thresholds: use compare")
         if self.compare is not None and not (self.at_most or self.at_least):
             raise ValueError(f"compare needs at_most or at_least, of {', '.join(MEASURES)}")
-        for name in (*self.at_most, *self.at_least):
+        for name, bound in (*self.at_most.items(), *self.at_least.items()):
             if name not in MEASURES:
                 raise ValueError(unknown("measure", name, MEASURES))
+            if not 0 <= bound <= (1 if name == "top1" else float("inf")):
+                raise ValueError(f"{name} is never {bound:g}")
         return self
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.anatomy.infer import first, text_config
 from surgery.checkpoint import Checkpoint
-from surgery.errors import UnsupportedError
+from surgery.errors import FormatError, UnsupportedError
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -98,6 +98,12 @@ def compare_logits(
     inputs = _inputs(base, seed).to(device)
     run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs)
     first_run = run(base)
+    if not bool(first_run.output.isfinite().all()):
+        raise FormatError(
+            f"{base.source.reference} gives logits that aren't finite, so nothing can be compared: "
+            f"its weights hold NaN or infinity, or overflow in {dtype}; --no-logits leaves the "
+            f"certificate"
+        )
     second = run(other)
     if first_run.output.shape != second.output.shape:
         raise UnsupportedError(

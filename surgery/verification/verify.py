@@ -49,6 +49,8 @@ class Verification:
                 f"logits of {logits.tokens} tokens in {logits.dtype} on {logits.device} differ by "
                 f"at most {logits.max_difference:.3g}"
                 + (f" (noise floor {logits.noise_floor:.3g})" if logits.noise_floor else "")
+                + (f", KL mean {logits.kl_mean:.3g}" if logits.kl_mean is not None else "")
+                + (f", first choices agree on {logits.top1:.1%}" if logits.top1 is not None else "")
             )
         return "; ".join(said) or "nothing was compared"
 

@@ -32,7 +32,12 @@ def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | byte
 
 
 def _metadata(weights: Weights, given: Path | None) -> dict[str, Any]:
-    inputs = [source for edit in weights.history for source in edit.inputs.values()]
+    inputs = [
+        source
+        for edit in weights.history
+        for role, source in edit.inputs.items()
+        if weights.library != "peft" or role == "base"  # an adapter is of one model
+    ]
     names = dict.fromkeys(model_name(source) for source in inputs if not source.step)
     metadata: dict[str, Any] = {
         "base_model": list(names),

@@ -47,6 +47,11 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
             problems.append(
                 f"{target} exists already: choose another place, or replace it with --overwrite"
             )
+        elif any(target.iterdir()) and not _holds_weights(target):
+            problems.append(
+                f"{target} holds no model that could be replaced: choose another place, or remove "
+                f"what is there yourself"
+            )
     aside = _replaced_folder(target)
     if overwrite and aside.exists() and not problems:
         problems.append(
@@ -54,6 +59,11 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
             f"or remove it"
         )
     OutputError.raise_if(problems)
+
+
+def _holds_weights(folder: Path) -> bool:
+    """Whether a directory is a model, a task vector or an adapter, and not somebody's home."""
+    return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
 
 
 @contextmanager
