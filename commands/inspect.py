@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -29,7 +30,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
     from surgery.anatomy.infer import HEAD_KEYS, first, text_config
 
-    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
+    quantization = checkpoint.quantization
+    recognised = _dequantized(checkpoint)
+    anatomy, config = recognised.anatomy, text_config(checkpoint.config)
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
@@ -45,13 +48,26 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "embedding": anatomy.embedding,
         "head": anatomy.head,
         "tied": anatomy.tied,
-        "quantization": checkpoint.quantization,
-        "blocks": _blocks(checkpoint),
+        "quantization": None if quantization is None else str(quantization),
+        "blocks": _blocks(recognised),
         "unrecognised": anatomy.unrecognised,
-        "notes": [*checkpoint.notes, *anatomy.notes],
+        "notes": [*recognised.notes, *anatomy.notes],
         "companions": sorted(checkpoint.companions),
         "left_behind": list(checkpoint.left_behind),
     }
+
+
+def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """What is to be recognised: 8-bit floats without the scales beside them, which are no part of
+    a model; anything else as it is."""
+    from surgery import UnsupportedError, dequantize
+
+    if checkpoint.quantization is None or not checkpoint.quantization.scaled:
+        return checkpoint
+    try:
+        return dequantize(checkpoint)
+    except UnsupportedError as error:
+        return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
 
 
 def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:

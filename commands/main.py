@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
 
 from .apply import apply
 from .demo import demo
+from .dequantize import dequantize
 from .diff import diff
 from .expand import expand
 from .grow import grow
@@ -75,7 +76,8 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
 
 
 VERBS = (
-    inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, run_, verify, demo,
+    inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
+    run_, verify, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command()(with_exit_codes(verb))

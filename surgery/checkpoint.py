@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from surgery.anatomy import Anatomy, infer, settled_config
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.quantization.schemes import Quantization, find_quantization
 from surgery.tensor import LazyTensor
 
 CONFIG = "config.json"
@@ -141,18 +142,10 @@ class Checkpoint(Weights):
         """The config, with what it says of tied heads made to agree with the files."""
         return settled_config(self.config, self.anatomy)
 
-    @property
-    def quantization(self) -> str | None:
+    @cached_property
+    def quantization(self) -> Quantization | None:
         """How the weights are packed, if they are: arithmetic on them would be nonsense."""
-        given = self.config.get("quantization_config")
-        if isinstance(given, Mapping):
-            return str(given.get("quant_method") or given.get("quant_algo") or "unknown")
-        for name, tensor in self.tensors.items():
-            if tensor.dtype.kind == "packed":
-                return f"{tensor.dtype} ({name})"
-            if name.endswith((".qweight", ".weight_packed", ".weight_scale_inv", ".absmax")):
-                return f"packed weights ({name})"
-        return None
+        return find_quantization(self.tensors, self.config)
 
     def edited(
         self,
