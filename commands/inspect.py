@@ -8,18 +8,33 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, AsJson
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson
 from .output import block_ranges, console, count, print_json, size, table
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
 
-def inspect(model: Annotated[str, typer.Argument(help=MODEL)], json: AsJson = False) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    anatomy: AnatomyFile = None,
+    as_anatomy: Annotated[
+        bool,
+        typer.Option(
+            "--as-anatomy", help="Print what was recognised as YAML, to correct for --anatomy."
+        ),
+    ] = False,
+    json: AsJson = False,
+) -> None:
     """Show what a checkpoint is and what was recognised in it, from headers alone."""
-    from surgery import open_checkpoint
+    checkpoint = open_model(model, anatomy, headers_only=True)
+    if as_anatomy:
+        from surgery.recipe import anatomy_yaml
 
-    report = describe(open_checkpoint(model, headers_only=True))
+        typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
+        return
+    report = describe(checkpoint)
     if json:
         print_json(report)
     else:

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.anatomy import Anatomy, infer, settled_config
+from surgery.anatomy import Anatomy, Corrections, infer, settled_config
 from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.quantization.schemes import Quantization, find_quantization
@@ -99,6 +99,8 @@ class Checkpoint(Weights):
 
     config: Mapping[str, Any]
     source: Source
+    corrections: Corrections = field(default_factory=Corrections)
+    """What a user says of the anatomy, over what is inferred."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -134,8 +136,9 @@ class Checkpoint(Weights):
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """What each tensor is, inferred from names, shapes and the config."""
-        return infer(self.tensors, self.config)
+        """What each tensor is, inferred from names, shapes and the config,
+        and corrected."""
+        return infer(self.tensors, self.config, self.corrections)
 
     @property
     def settled_config(self) -> dict[str, Any]:
