@@ -64,7 +64,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(recognised),
+        "blocks": _blocks(recognised, quantized=quantization is not None),
         "unrecognised": anatomy.unrecognised,
         "notes": [*recognised.notes, *anatomy.notes],
         "companions": sorted(checkpoint.companions),
@@ -80,13 +80,14 @@ def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
     if checkpoint.quantization is None or not checkpoint.quantization.scaled:
         return checkpoint
     try:
-        return dequantize(checkpoint)
+        return replace(dequantize(checkpoint), notes=checkpoint.notes)  # nothing was done yet
     except UnsupportedError as error:
         return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
 
 
-def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
     """Every block: its parameters, its MLP, and why that can't be grown if so."""
+    packed = "its weights are quantized" if quantized else None
     anatomy = checkpoint.anatomy
     parameters: Counter[tuple[str, int]] = Counter()
     for name, place in anatomy.places.items():
@@ -111,7 +112,7 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
                     },
-                    "no_growth": anatomy.no_growth.get((stack, block)),
+                    "no_growth": anatomy.no_growth.get((stack, block)) or (mlp and packed),
                 }
             )
     return described

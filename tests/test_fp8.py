@@ -25,12 +25,14 @@ from surgery import (
     dequantize,
     diff,
     expand,
+    extract_lora,
     grow,
     lines,
     merge,
     open_checkpoint,
     plan,
     task_vector,
+    verify,
     write,
 )
 from surgery.files import InputFile
@@ -352,6 +354,38 @@ def test_diff_compares_what_they_stand_for(pair: tuple[Path, Path], make_model: 
     )
 
 
+def test_every_fp8_input_has_a_note(pair: tuple[Path, Path], tmp_path: Path):
+    base, tuned = map(open_checkpoint, pair)
+    plain = tmp_path / "plain"
+    write(dequantize(tuned), plain)
+    for made in (
+        lines(base, open_checkpoint(plain), alpha=0.5),
+        merge([open_checkpoint(plain), base], method="linear"),
+        merge([open_checkpoint(plain)] * 2, base=base, method="ties", density=0.5),
+    ):
+        assert [note.split(" holds ")[0] for note in made.notes] == [str(pair[0])]
+    both = merge([tuned, tuned], base=base, method="ties", density=0.5)
+    assert [note.split(" holds ")[0] for note in both.notes] == [str(path) for path in pair]
+
+
+def test_verification_runs_what_they_stand_for(pair: tuple[Path, Path], tmp_path: Path):
+    write(dequantize(open_checkpoint(pair[0])), tmp_path / "plain")
+    found = verify(open_checkpoint(pair[0]), open_checkpoint(tmp_path / "plain"))
+    assert found.logits is not None
+    assert found.logits.max_difference == 0
+    assert verify(*map(open_checkpoint, pair)).logits.max_difference > 0  # type: ignore[union-attr]
+
+
+def test_lora_on_an_fp8_base(pair: tuple[Path, Path], tmp_path: Path):
+    """An adapter of the whole difference, and the base with it: what the tuned model stands for."""
+    base, tuned = pair
+    write(extract_lora(open_checkpoint(base), open_checkpoint(tuned), rank=192), tmp_path / "lora")
+    baked = open_checkpoint(f"{base}+{tmp_path / 'lora'}")
+    name = "model.layers.0.self_attn.o_proj.weight"
+    apart = baked[name].whole().float() - values_of(tuned)[name]
+    assert float(apart.abs().max()) < 0.01
+
+
 def test_headers_are_enough_to_plan(pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object) -> None:
         raise AssertionError("a tensor's bytes were read")
@@ -477,4 +511,6 @@ def test_the_verb_and_the_step(pair: tuple[Path, Path], tmp_path: Path):
     report = json.loads(CliRunner().invoke(app, ["inspect", str(pair[0]), "--json"]).stdout)
     assert report["quantization"].startswith("fp8 (8-bit floats with scales")
     assert report["unrecognised"] == []
+    assert report["notes"] == []
+    assert report["blocks"][0]["no_growth"] == "its weights are quantized"
     assert report["blocks"][0]["mlp"]["width"] == 320

@@ -48,6 +48,7 @@ def lines(
     beta = 1 - alpha if beta is None else beta
     if outside not in ("alpha", "depth"):
         raise ArgumentError(f"outside is {outside!r}, and has to be 'alpha' or 'depth'")
+    stored = base
     base, tuned = computable(base=base, tuned=tuned)
     check_pair(base, tuned, vocabularies=ALIGN_FIRST)
     anatomy = tuned.anatomy
@@ -82,7 +83,8 @@ def lines(
             },
         },
     )
-    return tuned.edited(edit, tensors, tuned.settled_config, others=[base])
+    notes = base.notes[len(stored.notes) :]  # that it was dequantized
+    return tuned.edited(edit, tensors, tuned.settled_config, notes=notes, others=[base])
 
 
 def depth_scale(block: int, depth: int, alpha: float, beta: float) -> float:

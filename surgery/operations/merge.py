@@ -122,6 +122,10 @@ def _computable(
     roles = {f"model {at}": model for at, model in enumerate(models, 1)}
     given = {**({} if base is None else {"base": base}), **roles}
     found = computable(**given)
+    pairs = list(zip(given.values(), found, strict=True))
+    notes = [note for before, after in pairs[1:] for note in after.notes[len(before.notes) :]]
+    if notes:  # they go with the result, which starts as the first
+        found[0] = replace(found[0], notes=(*found[0].notes, *dict.fromkeys(notes)))
     for before, after in zip(given.values(), found, strict=True):
         tokenizer = after if tokenizer is before else tokenizer
     return (None, found, tokenizer) if base is None else (found[0], found[1:], tokenizer)
