@@ -170,6 +170,23 @@ def test_blocks_that_are_added_have_it_too(make_model: Make, tmp_path: Path):
     assert len(expand(given, copies=1).anatomy.mlps) == 3
 
 
+def test_what_is_said_of_some_blocks_moves_with_them(make_model: Make, tmp_path: Path):
+    text = """
+roles: {model.layers.1.self_attn.q_proj.weight: unknown}
+mlps:
+  - stack: model.layers
+    blocks: 1
+    ups: [mlp.up_proj.weight]
+    down: mlp.down_proj.weight
+"""
+    given = correct_anatomy(open_checkpoint(make_model()), file(tmp_path, text))
+    expanded = expand(given, after="0,1").anatomy
+    gated = {block: mlp.gated for (_, block), mlp in expanded.mlps.items()}
+    assert gated == {0: True, 1: True, 2: False, 3: False}
+    roles = [expanded.places[f"model.layers.{n}.self_attn.q_proj.weight"].role for n in range(4)]
+    assert roles == [Role.ATTENTION, Role.ATTENTION, Role.UNKNOWN, Role.UNKNOWN]
+
+
 @pytest.mark.parametrize("name", EVERY)
 def test_what_is_printed_reads_back(name: str, tmp_path: Path):
     given = open_checkpoint(build(name))

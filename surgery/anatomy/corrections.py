@@ -6,7 +6,7 @@ of a model that was widened or got more blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
@@ -29,6 +29,10 @@ class MLPCorrection:
     parts: int = 1
     in_out: bool = False
     blocks: frozenset[int] | None = None
+
+    def meant_for(self, stack: str, block: int) -> bool:
+        """Whether it speaks of that block."""
+        return stack == self.stack and (self.blocks is None or block in self.blocks)
 
     def problems(self, tensors: Tensors, block: int) -> list[str]:
         """Why the matrices of a block can't be that MLP."""
@@ -95,6 +99,38 @@ class Corrections:
         fitting = (role for pattern, role in self.roles if fnmatchcase(name, pattern))
         return next(exact, None) or next(fitting, None)
 
+    def moved(self, stack: str, numbers: Mapping[int, Sequence[int]]) -> Corrections:
+        """The same of blocks of `stack` that have got other numbers: by the old one, the new."""
+        roles: list[tuple[str, Role]] = []
+        for pattern, role in self.roles:
+            if spot := block_of(pattern, stack):
+                prefix = f"{stack}." if stack else ""
+                roles += [(f"{prefix}{new}.{spot[1]}", role) for new in numbers.get(spot[0], ())]
+            else:
+                roles.append((pattern, role))
+        mlps = tuple(
+            replace(
+                mlp,
+                blocks=frozenset(
+                    new
+                    for old, several in numbers.items()
+                    if mlp.blocks is None or old in mlp.blocks
+                    for new in several
+                ),
+            )
+            if mlp.stack == stack
+            else mlp
+            for mlp in self.mlps
+        )
+        return Corrections(self.stacks, tuple(roles), mlps)
+
+    def __add__(self, other: Corrections) -> Corrections:
+        return Corrections(
+            tuple(dict.fromkeys((*self.stacks, *other.stacks))),
+            tuple(dict.fromkeys((*self.roles, *other.roles))),
+            tuple(dict.fromkeys((*self.mlps, *other.mlps))),
+        )
+
     def place(self, tensors: Tensors, places: dict[str, Place], stacks: dict[str, int]) -> None:
         """Put right the places and the stacks that were inferred."""
         for stack in self.stacks:
@@ -123,9 +159,7 @@ class Corrections:
                 blocks.setdefault((place.stack, place.block), {})[name] = tensors[name]
         for correction in self.mlps:
             for (stack, block), inside in blocks.items():
-                if stack != correction.stack or block not in (correction.blocks or {block}):
-                    continue
-                if correction.problems(tensors, block):
+                if not correction.meant_for(stack, block) or correction.problems(tensors, block):
                     continue
                 mlps[stack, block] = mlp = correction.mlp(tensors, block)
                 no_growth.pop((stack, block), None)
