@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, AsJson, Threads
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson, Threads
 from .output import console, groups, print_json, progress, table
 
 if TYPE_CHECKING:
@@ -26,13 +27,14 @@ def diff(
     plot: Annotated[
         Path | None, typer.Option(help="Write a heat-map of the relative updates, as PNG or SVG.")
     ] = None,
+    anatomy: AnatomyFile = None,
     json: AsJson = False,
     threads: Threads = None,
 ) -> None:
     """Show which tensors changed and by how much, block by block and module by module."""
     import surgery
 
-    first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
+    first, second = open_model(base, anatomy), open_model(other, anatomy)
     with progress("comparing", second.nbytes) as advance:
         found = surgery.diff(
             first, second, effective_rank=effective_rank, threads=threads, progress=advance

@@ -6,8 +6,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Device,
     DeviceOption,
@@ -46,6 +48,7 @@ def expand(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -63,7 +66,7 @@ def expand(
 
     target = Target(out, max_shard_size, threads, overwrite, json)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
-    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    given = open_model(base, anatomy, headers_only=dry_run)
     expanded = surgery.expand(given, copies=copies, after=after)
     if dry_run:
         show_plan(expanded, target, proof)

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, AsJson
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson
 from .output import block_ranges, console, count, print_json, size, table
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
 
 
-def inspect(model: Annotated[str, typer.Argument(help=MODEL)], json: AsJson = False) -> None:
+def inspect(
+    model: Annotated[str, typer.Argument(help=MODEL)],
+    anatomy: AnatomyFile = None,
+    as_anatomy: Annotated[
+        bool,
+        typer.Option(
+            "--as-anatomy", help="Print what was recognised as YAML, to correct for --anatomy."
+        ),
+    ] = False,
+    json: AsJson = False,
+) -> None:
     """Show what a checkpoint is and what was recognised in it, from headers alone."""
-    from surgery import open_checkpoint
+    checkpoint = open_model(model, anatomy, headers_only=True)
+    if as_anatomy:
+        from surgery.recipe import anatomy_yaml
 
-    report = describe(open_checkpoint(model, headers_only=True))
+        typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
+        return
+    report = describe(checkpoint)
     if json:
         print_json(report)
     else:
@@ -29,7 +45,9 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
     from surgery.anatomy.infer import HEAD_KEYS, first, text_config
 
-    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
+    quantization = checkpoint.quantization
+    recognised = _dequantized(checkpoint)
+    anatomy, config = recognised.anatomy, text_config(checkpoint.config)
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
@@ -45,17 +63,31 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "embedding": anatomy.embedding,
         "head": anatomy.head,
         "tied": anatomy.tied,
-        "quantization": checkpoint.quantization,
-        "blocks": _blocks(checkpoint),
+        "quantization": None if quantization is None else str(quantization),
+        "blocks": _blocks(recognised, quantized=quantization is not None),
         "unrecognised": anatomy.unrecognised,
-        "notes": [*checkpoint.notes, *anatomy.notes],
+        "notes": [*recognised.notes, *anatomy.notes],
         "companions": sorted(checkpoint.companions),
         "left_behind": list(checkpoint.left_behind),
     }
 
 
-def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
+def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
+    """What is to be recognised: 8-bit floats without the scales beside them, which are no part of
+    a model; anything else as it is."""
+    from surgery import UnsupportedError, dequantize
+
+    if checkpoint.quantization is None or not checkpoint.quantization.scaled:
+        return checkpoint
+    try:
+        return replace(dequantize(checkpoint), notes=checkpoint.notes)  # nothing was done yet
+    except UnsupportedError as error:
+        return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
+
+
+def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
     """Every block: its parameters, its MLP, and why that can't be grown if so."""
+    packed = "its weights are quantized" if quantized else None
     anatomy = checkpoint.anatomy
     parameters: Counter[tuple[str, int]] = Counter()
     for name, place in anatomy.places.items():
@@ -80,7 +112,7 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
                     },
-                    "no_growth": anatomy.no_growth.get((stack, block)),
+                    "no_growth": anatomy.no_growth.get((stack, block)) or (mlp and packed),
                 }
             )
     return described

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
 from .output import console, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -36,6 +37,7 @@ def lines(
         Outside,
         typer.Option(help="Final norm and head: alpha, or the last block's scale (depth)."),
     ] = Outside.alpha,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -51,8 +53,8 @@ def lines(
 
     target = Target(out, max_shard_size, threads, overwrite, json)
     edited = surgery.lines(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        surgery.open_checkpoint(tuned, headers_only=dry_run),
+        open_model(base, anatomy, headers_only=dry_run),
+        open_model(tuned, anatomy, headers_only=dry_run),
         alpha=alpha,
         beta=beta,
         outside=outside.value,

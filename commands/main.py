@@ -20,6 +20,7 @@ from surgery.errors import SurgeryError
 
 from .apply import apply
 from .demo import demo
+from .dequantize import dequantize
 from .diff import diff
 from .expand import expand
 from .grow import grow
@@ -83,7 +84,8 @@ def _paragraphs(verb: Callable[..., None]) -> str:
 
 
 VERBS = (
-    inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, run_, verify, demo,
+    inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
+    run_, verify, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command(help=_paragraphs(verb))(with_exit_codes(verb))

@@ -8,7 +8,8 @@ import typer
 
 from surgery.errors import ArgumentError
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
 from .output import console, progress, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -57,6 +58,7 @@ def merge(
         typer.Option(min=1, metavar="N", help="Round the rows up, with --tokenizer."),
     ] = None,
     seed: Annotated[int, typer.Option(help="For methods that drop at random.")] = 0,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -79,7 +81,7 @@ def merge(
     if scaling == "auto" and dry_run:
         # what is planned doesn't depend on alpha, which takes reading every byte
         scaling = (1.0, given.pop("lambda", 1.0))
-    opened = [surgery.open_checkpoint(model, headers_only=dry_run) for model in models]
+    opened = [open_model(model, anatomy, headers_only=dry_run) for model in models]
     vocabulary: Any = tokenizer
     if tokenizer not in (None, "base", "union"):  # its tokenizer is wanted, and no weights
         vocabulary = surgery.open_checkpoint(str(tokenizer), headers_only=True)

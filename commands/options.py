@@ -70,6 +70,15 @@ Threads = Annotated[
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
 ]
+AnatomyFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--anatomy",
+        metavar="FILE",
+        help="Corrections of what is recognised, as YAML: `surgery inspect MODEL --as-anatomy` "
+        "prints what to start from.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", help="Write what was verified to this file, as JUnit's XML."),

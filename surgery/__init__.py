@@ -25,6 +25,7 @@ from surgery.lora.extract import extract_lora
 from surgery.lora.written import LoraAdapter
 from surgery.models import open_checkpoint, open_update
 from surgery.operations.blocks import compose
+from surgery.operations.dequantize import dequantize
 from surgery.operations.diff import diff
 from surgery.operations.expand import expand
 from surgery.operations.grow import grow
@@ -61,6 +62,7 @@ __all__ = [
     "apply_adapter",
     "certify",
     "compose",
+    "dequantize",
     "diff",
     "expand",
     "extract_lora",

@@ -10,9 +10,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from surgery.anatomy import Anatomy, infer, settled_config
+from surgery.anatomy import Anatomy, Corrections, infer, settled_config
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.quantization.schemes import Quantization, find_quantization
 from surgery.tensor import LazyTensor
 
 CONFIG = "config.json"
@@ -98,6 +99,8 @@ class Checkpoint(Weights):
 
     config: Mapping[str, Any]
     source: Source
+    corrections: Corrections = field(default_factory=Corrections)
+    """What a user says of the anatomy, over what is inferred."""
 
     @property
     def paths(self) -> tuple[Path, ...]:
@@ -133,26 +136,19 @@ class Checkpoint(Weights):
 
     @cached_property
     def anatomy(self) -> Anatomy:
-        """What each tensor is, inferred from names, shapes and the config."""
-        return infer(self.tensors, self.config)
+        """What each tensor is, inferred from names, shapes and the config,
+        and corrected."""
+        return infer(self.tensors, self.config, self.corrections)
 
     @property
     def settled_config(self) -> dict[str, Any]:
         """The config, with what it says of tied heads made to agree with the files."""
         return settled_config(self.config, self.anatomy)
 
-    @property
-    def quantization(self) -> str | None:
+    @cached_property
+    def quantization(self) -> Quantization | None:
         """How the weights are packed, if they are: arithmetic on them would be nonsense."""
-        given = self.config.get("quantization_config")
-        if isinstance(given, Mapping):
-            return str(given.get("quant_method") or given.get("quant_algo") or "unknown")
-        for name, tensor in self.tensors.items():
-            if tensor.dtype.kind == "packed":
-                return f"{tensor.dtype} ({name})"
-            if name.endswith((".qweight", ".weight_packed", ".weight_scale_inv", ".absmax")):
-                return f"packed weights ({name})"
-        return None
+        return find_quantization(self.tensors, self.config)
 
     def edited(
         self,

@@ -84,6 +84,9 @@ class LazyTensor:
     `tally` goes with a row-wise kernel: a number made of the same rows of the inputs, which the
     writer adds up over the tensor as it passes (||tau||^2, say), so that a statistic which only
     reports needs no pass of its own.
+
+    `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
+    takes its values from there, so that what is computed is rounded once, at the end.
     """
 
     shape: tuple[int, ...]
@@ -95,6 +98,7 @@ class LazyTensor:
     rowwise: bool = True
     tally: Callable[..., float] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
+    exact: LazyTensor | None = None
     _measuring: Lock = field(default_factory=Lock, repr=False)
 
     @property

@@ -485,13 +485,46 @@ def test_a_config_that_is_none(raw_checkpoint: Raw, text: bytes, said: str) -> N
     ("config", "dtype", "name", "said"),
     [
         ({}, "F32", "a.weight", None),
-        ({"quantization_config": {"quant_method": "fp8"}}, "F32", "a", "fp8"),
-        ({"quantization_config": {"quant_algo": "NVFP4"}}, "F32", "a", "NVFP4"),
-        ({"quantization_config": {}}, "F32", "a", "unknown"),
+        (
+            {"quantization_config": {"quant_method": "fp8"}},
+            "F32",
+            "a",
+            "fp8 (8-bit floats with scales; its quantization_config says so)",
+        ),
+        (
+            {"quantization_config": {"quant_algo": "NVFP4"}},
+            "F32",
+            "a",
+            (
+                "NVFP4 (4-bit floats, two to a byte, with a scale for each 16; its quantization_config "
+                "says so)"
+            ),
+        ),
+        (
+            {"quantization_config": {}},
+            "F32",
+            "a",
+            "unknown (a scheme that isn't known here; its quantization_config says so)",
+        ),
         ({"quantization_config": None}, "F32", "a", None),
-        ({}, "F8_E4M3", "a", "F8_E4M3 (a)"),
-        ({}, "F32", "a.weight_scale_inv", "packed weights (a.weight_scale_inv)"),
-        ({}, "I32", "a.qweight", "packed weights (a.qweight)"),
+        (
+            {},
+            "F8_E4M3",
+            "a",
+            "fp8 (8-bit floats, and nothing says by what they are scaled; a is F8_E4M3)",
+        ),
+        (
+            {},
+            "F32",
+            "a.weight_scale_inv",
+            "fp8 (8-bit floats with scales; a.weight_scale_inv is F32)",
+        ),
+        (
+            {},
+            "I32",
+            "a.qweight",
+            "gptq (GPTQ, integers of 2 to 8 bits packed in int32 by groups; a.qweight is I32)",
+        ),
         ({}, "I32", "a.position_ids", None),
     ],
 )
@@ -502,7 +535,8 @@ def test_packed_weights_are_seen(
     content = safetensors_bytes({name: entry(dtype, [2], 0, 2 * size)}, bytes(2 * size))
     (tmp_path / "model.safetensors").write_bytes(content)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert open_checkpoint(tmp_path).quantization == said
+    found = open_checkpoint(tmp_path).quantization
+    assert (None if found is None else str(found)) == said
 
 
 def test_opening_reads_no_tensor(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:

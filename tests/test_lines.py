@@ -387,12 +387,20 @@ def test_quantized_models_are_refused_by_name(tmp_path: Path):
     )
     name = "model.layers.0.mlp.up_proj.weight"
     fp8 = made(tmp_path / "fp8", tensors | {name: tensors[name].to(torch.float8_e4m3fn)}, config)
-    advice = "arithmetic on packed weights is meaningless; give the unquantized checkpoint"
+    advice = (
+        "arithmetic on packed weights is meaningless: give the checkpoint that it was made from"
+    )
     assert problems_of(UnsupportedError, gptq, fp8) == [
-        f"{gptq} (base) is quantized: gptq; {advice}",
-        f"{fp8} (tuned) is quantized: F8_E4M3 ({name}); {advice}",
+        (
+            f"{gptq} (base) is quantized: gptq (GPTQ, integers of 2 to 8 bits packed in int32 by "
+            f"groups; its quantization_config says so); {advice}"
+        ),
+        (
+            f"{fp8} (tuned) is quantized: fp8 (8-bit floats, and nothing says by what they are scaled; "
+            f"{name} is F8_E4M3); {advice}"
+        ),
     ]
-    with pytest.raises(UnsupportedError, match=r"\(base\) is quantized: gptq;"):
+    with pytest.raises(UnsupportedError, match=r"\(base\) is quantized: gptq \(GPTQ"):
         grow(open_checkpoint(gptq))
 
 

@@ -4,6 +4,7 @@ It only annotates: the files say which tensors there are, and one that isn't rec
 reported and copied byte for byte.
 """
 
+from surgery.anatomy.corrections import Corrections, MLPCorrection
 from surgery.anatomy.infer import Anatomy, infer
 from surgery.anatomy.mlp import MLP, Projection
 from surgery.anatomy.places import Place, Role
@@ -12,6 +13,8 @@ from surgery.anatomy.tying import settled_config, untied_config
 __all__ = [
     "MLP",
     "Anatomy",
+    "Corrections",
+    "MLPCorrection",
     "Place",
     "Projection",
     "Role",

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
@@ -18,6 +19,8 @@ HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim")
 WIDTHS_KEY = "mlp_widths"
 """Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
+
+NOTHING = Corrections()
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,21 @@ class Anatomy:
         return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]
 
 
-def infer(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Anatomy:
-    """The anatomy of a checkpoint, from headers and config alone."""
+def infer(
+    tensors: Mapping[str, LazyTensor],
+    config: Mapping[str, Any],
+    corrections: Corrections = NOTHING,
+) -> Anatomy:
+    """The anatomy of a checkpoint, from headers and config alone, where `corrections` don't say."""
     part = text_config(config)
     places, stacks = find_places(tensors, first(part, DEPTH_KEYS))
+    corrections.place(tensors, places, stacks)
     embedding = _embedding(tensors, places)
     hidden = first(part, HIDDEN_KEYS)
     if hidden is None and embedding is not None:
         hidden = tensors[embedding].shape[-1]
     mlps, no_growth = _mlps(tensors, places, hidden, _widths(part))
+    corrections.put_mlps(tensors, places, mlps, no_growth)
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
@@ -94,7 +103,7 @@ def _mlps(
         if place.stack is None or place.block is None:
             continue
         stacks[place.stack][name] = tensors[name]
-        if place.role in (Role.UNKNOWN, Role.NORM):
+        if place.role in (Role.UNKNOWN, Role.NORM, Role.MLP):
             blocks[place.stack, place.block][name] = tensors[name]
         elif place.role in (Role.EXPERT, Role.ROUTER):
             mixtures.add((place.stack, place.block))

@@ -97,6 +97,11 @@ def find_places(
     return places, stacks
 
 
+def place_in_block(inner: str, tensor: LazyTensor, stack: str, block: int) -> Place:
+    """The place of a tensor that is called `inner` in a block."""
+    return Place(_role(inner, tensor, _ROLES), inner, stack, block)
+
+
 def _stacks(names: Iterable[str], depth: int | None) -> dict[str, int]:
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:

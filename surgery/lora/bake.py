@@ -16,7 +16,7 @@ from surgery.lora.adapter import Adapter
 from surgery.lora.edits import Edited, collect
 from surgery.lora.product import wide
 from surgery.merging.finite import finite, unchecked
-from surgery.operations.pairs import check_unquantized
+from surgery.operations.dequantize import computable
 from surgery.task_vector import TaskVector, combined
 from surgery.tensor import LazyTensor
 
@@ -31,7 +31,7 @@ def apply_adapter(base: Checkpoint, *adapters: Adapter) -> Checkpoint:
     """
     if not adapters:
         raise ArgumentError("there is no adapter to apply")
-    check_unquantized(base=base)
+    (base,) = computable(base=base)
     edits = collect(base, adapters)
     tensors = {name: _baked(base, name, edited) for name, edited in edits.tensors.items()}
     config = base.settled_config
@@ -57,7 +57,7 @@ def adapter_task_vector(base: Checkpoint, adapter: Adapter) -> TaskVector:
     Raises MismatchError if it belongs to another base, or UnsupportedError if it gives the model
     a vocabulary or a head that the base hasn't got.
     """
-    check_unquantized(base=base)
+    (base,) = computable(base=base)
     edits = collect(base, [adapter])
     UnsupportedError.raise_if(
         f"{adapter.source.reference} gives {name} the shape {list(edited.start.shape)}, and "

@@ -19,7 +19,8 @@ from surgery.lora.adapter import PREFIX
 from surgery.lora.modules import Matrix, Modules, find_modules, is_head
 from surgery.lora.written import LoraAdapter, Part, Rest, adapter_config
 from surgery.merging.finite import finite, unchecked
-from surgery.operations.pairs import check_pair, check_unquantized, tied_head
+from surgery.operations.dequantize import computable
+from surgery.operations.pairs import check_pair, tied_head
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 from surgery.values import held, noise, zeros
@@ -137,7 +138,7 @@ class _Plan:
         seed: int,
     ) -> _Plan:
         _check_arguments(rank, energy, method, dtype)
-        check_unquantized(base=base, tuned=tuned)
+        base, tuned = computable(base=base, tuned=tuned)
         check_pair(base, tuned)
         found = find_modules(base, patterns)
         return cls(

@@ -14,9 +14,11 @@ if TYPE_CHECKING:
 
 
 def finite(model: Checkpoint, name: str) -> LazyTensor:
-    """The tensor `name` of `model`, whose reading fails where it isn't finite: arithmetic would
-    spread one NaN to its whole row, or drop it without a word."""
-    return known_finite(model[name], f"{name} of {model.source.reference}")
+    """The tensor `name` of `model`, before it is rounded if it is a rounding (its `exact`), whose
+    reading fails where it isn't finite: arithmetic would spread one NaN to its whole row, or drop
+    it without a word."""
+    tensor = model[name]
+    return known_finite(tensor.exact or tensor, f"{name} of {model.source.reference}")
 
 
 def known_finite(tensor: LazyTensor, where: str) -> LazyTensor:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from surgery.anatomy import Role
+from surgery.anatomy import Corrections, Role
 from surgery.anatomy.infer import WIDTHS_KEY, text_config
 from surgery.checkpoint import Checkpoint, Edit, joint_history
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
@@ -98,8 +98,23 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
     tensors = _in_order(before, {**early, **late}, inside, stack)
     notes = dict.fromkeys(note for model in models for note in model.notes)
     notes |= dict.fromkeys(unchecked(config))
-    draft = replace(before, tensors=tensors, config=config, notes=tuple(notes))
+    corrections = _corrections(blocks, models, stack)
+    draft = replace(
+        before, tensors=tensors, config=config, notes=tuple(notes), corrections=corrections
+    )
     return _with_widths(draft, models, stack)
+
+
+def _corrections(blocks: Sequence[Block], models: Sequence[Checkpoint], stack: str) -> Corrections:
+    """What a user says of the models' anatomies, of the blocks by their new numbers."""
+    total = Corrections()
+    for model in models:
+        numbers: dict[int, list[int]] = {}
+        for new, (own, old) in enumerate(blocks):
+            if own is model:
+                numbers.setdefault(old, []).append(new)
+        total += model.corrections.moved(stack, numbers)
+    return total
 
 
 def distinct(*models: Checkpoint) -> list[Checkpoint]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.measure import BLOCK_ELEMENTS
-from surgery.operations.pairs import check_unquantized
+from surgery.operations.dequantize import computable
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 
@@ -65,9 +65,11 @@ def diff(
 ) -> Difference:
     """Compare `other` with `base`. `effective_rank` takes an SVD of every changed matrix.
 
-    Raises UnsupportedError for packed weights, which can't be subtracted.
+    8-bit floats are compared by what they stand for, times their scales; types and config are
+    those of the files. Raises UnsupportedError for other packed weights.
     """
-    check_unquantized(base=base, other=other)
+    stored = base, other
+    base, other = computable(base=base, other=other)
     common = [name for name in base if name in other and base[name].shape == other[name].shape]
     sums = _sums(base, other, common, threads, progress)
     ranks: dict[str, float] = {}
@@ -93,9 +95,9 @@ def diff(
             if name in other and base[name].shape != other[name].shape
         },
         retyped={
-            name: (base[name].dtype.name, other[name].dtype.name)
+            name: (stored[0][name].dtype.name, stored[1][name].dtype.name)
             for name in common
-            if base[name].dtype != other[name].dtype
+            if stored[0][name].dtype != stored[1][name].dtype
         },
         modules={
             key: _together([sums[name] for name in names]).change(
@@ -104,7 +106,7 @@ def diff(
             )
             for key, names in modules.items()
         },
-        config=_config_difference(base.config, other.config),
+        config=_config_difference(stored[0].config, stored[1].config),
     )
 
 
@@ -166,7 +168,10 @@ def _sums(
 def _block_sums(base: LazyTensor, other: LazyTensor, start: int, stop: int) -> _Sums:
     import torch
 
-    a, b = (tensor.read(start, stop).to(torch.float64).reshape(-1) for tensor in (base, other))
+    a, b = (
+        (tensor.exact or tensor).read(start, stop).to(torch.float64).reshape(-1)
+        for tensor in (base, other)
+    )
     tau = b - a
     return _Sums(
         float(torch.dot(tau, tau)),
@@ -185,7 +190,8 @@ def _effective_ranks(
     def work(name: str) -> None:
         import torch
 
-        tau = other[name].whole().to(torch.float32) - base[name].whole().to(torch.float32)
+        a, b = ((model[name].exact or model[name]).whole() for model in (base, other))
+        tau = b.to(torch.float32) - a.to(torch.float32)
         values = torch.linalg.svdvals(tau).to(torch.float64)
         share = values / values.sum()
         share = share[share > 0]

@@ -9,9 +9,11 @@ from typing import Literal
 
 from surgery.anatomy import Anatomy, Place, Role
 from surgery.checkpoint import Checkpoint, Edit
+from surgery.dtypes import DType
 from surgery.errors import ArgumentError
 from surgery.merging.finite import finite
-from surgery.operations.pairs import check_pair, check_unquantized, tied_head
+from surgery.operations.dequantize import computable
+from surgery.operations.pairs import check_pair, tied_head
 from surgery.tensor import LazyTensor
 
 Outside = Literal["alpha", "depth"]
@@ -46,7 +48,8 @@ def lines(
     beta = 1 - alpha if beta is None else beta
     if outside not in ("alpha", "depth"):
         raise ArgumentError(f"outside is {outside!r}, and has to be 'alpha' or 'depth'")
-    check_unquantized(base=base, tuned=tuned)
+    stored = base
+    base, tuned = computable(base=base, tuned=tuned)
     check_pair(base, tuned, vocabularies=ALIGN_FIRST)
     anatomy = tuned.anatomy
     scales = {
@@ -58,7 +61,9 @@ def lines(
     head = tied_head(tuned, base)
     starts = {head: base.anatomy.embedding or ""}
     tensors = {
-        name: scaled_update(finite(base, starts.get(name, name)), finite(tuned, name), scales[name])
+        name: scaled_update(
+            finite(base, starts.get(name, name)), finite(tuned, name), scales[name], tensor.dtype
+        )
         for name, tensor in tuned.items()
         if tensor.dtype.kind == "float" and anatomy.places[name].role is not Role.BUFFER
     }
@@ -78,7 +83,8 @@ def lines(
             },
         },
     )
-    return tuned.edited(edit, tensors, tuned.settled_config, others=[base])
+    notes = base.notes[len(stored.notes) :]  # that it was dequantized
+    return tuned.edited(edit, tensors, tuned.settled_config, notes=notes, others=[base])
 
 
 def depth_scale(block: int, depth: int, alpha: float, beta: float) -> float:
@@ -94,16 +100,16 @@ def scale_of(place: Place, anatomy: Anatomy, alpha: float, beta: float, outside:
     return alpha + beta if outside == "depth" and late else alpha
 
 
-def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float) -> LazyTensor:
-    """base + scale * (tuned - base), in the dtype of `tuned`."""
+def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float, dtype: DType) -> LazyTensor:
+    """base + scale * (tuned - base), in `dtype`."""
     from surgery.kernels.updates import scale_update, update_square
 
     wide = tuned if tuned.dtype.bits >= base.dtype.bits else base
     compute = wide.dtype.compute
     return LazyTensor(
         tuned.shape,
-        tuned.dtype,
+        dtype,
         inputs=(base, tuned),
-        kernel=partial(scale_update, scale=scale, compute=compute, dtype=tuned.dtype.torch),
+        kernel=partial(scale_update, scale=scale, compute=compute, dtype=dtype.torch),
         tally=partial(update_square, compute=compute),
     )

@@ -19,6 +19,7 @@ from surgery.merging.finite import finite
 from surgery.merging.job import Job
 from surgery.merging.methods import Method, find_method, joint_problems
 from surgery.merging.parameters import resolve, unknown
+from surgery.operations.dequantize import computable
 from surgery.operations.dtype import main_dtype, with_dtype
 from surgery.operations.lines import depth_scale, scale_of
 from surgery.operations.mergeable import Lines, check_arguments, check_together
@@ -71,6 +72,7 @@ def merge(
     if per_tensor is not None and models:  # what differs by tensor has to be given only there
         sample |= per_tensor(next(iter(models[0] if base is None else base), ""))
     values = check_arguments(chosen, models, base, sample, lines)
+    base, models, tokenizer = _computable(models, base, tokenizer)
     if tokenizer is None:
         ArgumentError.raise_if(_padding_alone(pad_to_multiple_of))
         check_together(models, base)
@@ -111,6 +113,22 @@ def merge(
         details,
     )
     return merging.first.edited(edit, merging.tensors(scales), merging.config(), others=models)
+
+
+def _computable(
+    models: Sequence[Checkpoint], base: Checkpoint | None, tokenizer: Tokenizer | None
+) -> tuple[Checkpoint | None, Sequence[Checkpoint], Tokenizer | None]:
+    """All inputs, with 8-bit floats times their scales. `tokenizer` stays one of them if it is."""
+    roles = {f"model {at}": model for at, model in enumerate(models, 1)}
+    given = {**({} if base is None else {"base": base}), **roles}
+    found = computable(**given)
+    pairs = list(zip(given.values(), found, strict=True))
+    notes = [note for before, after in pairs[1:] for note in after.notes[len(before.notes) :]]
+    if notes:  # they go with the result, which starts as the first
+        found[0] = replace(found[0], notes=(*found[0].notes, *dict.fromkeys(notes)))
+    for before, after in zip(given.values(), found, strict=True):
+        tokenizer = after if tokenizer is before else tokenizer
+    return (None, found, tokenizer) if base is None else (found[0], found[1:], tokenizer)
 
 
 def _padding_alone(multiple: int | None) -> Iterator[str]:
@@ -223,7 +241,7 @@ class _Merging:
     def _job(self, name: str) -> Job:
         place = self.first.anatomy.places.get(name)
         tied = self.tied and name == self.head
-        first = self._of(self.first, name)
+        first = self.first[self._name_in(self.first, name)]
         return Job(
             # noise goes by the name: a tied head stored twice gets that of the embedding
             name=self.first.anatomy.embedding or name if tied else name,
@@ -241,10 +259,14 @@ class _Merging:
         )
 
     def _of(self, model: Checkpoint, name: str) -> LazyTensor:
-        """The tensor `name` of a model, which may tie its head to its embedding."""
+        """The tensor `name` of a model, to compute with."""
+        return finite(model, self._name_in(model, name))
+
+    def _name_in(self, model: Checkpoint, name: str) -> str:
+        """What `name` is called in a model, which may tie its head to its embedding."""
         if name not in model and name == self.head and model.anatomy.embedding is not None:
-            return finite(model, model.anatomy.embedding)
-        return finite(model, name)
+            return model.anatomy.embedding
+        return name
 
     def _update(self, name: str) -> LazyTensor:
         """tau_merged, unscaled, in the type that it is computed in."""

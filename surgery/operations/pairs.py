@@ -5,6 +5,7 @@ from __future__ import annotations
 from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint
 from surgery.errors import MismatchError, UnsupportedError
+from surgery.quantization.schemes import Quantization
 
 RESIZE = "the vocabularies differ: give both models the same rows first"
 
@@ -12,10 +13,17 @@ RESIZE = "the vocabularies differ: give both models the same rows first"
 def check_unquantized(**models: Checkpoint) -> None:
     """Raise UnsupportedError for packed weights, of which nothing can be computed."""
     UnsupportedError.raise_if(
-        f"{model.source.reference} ({role}) is quantized: {kind}; arithmetic on packed weights is "
-        f"meaningless; give the unquantized checkpoint"
+        refusal(model, role, found)
         for role, model in models.items()
-        if (kind := model.quantization) is not None
+        if (found := model.quantization) is not None
+    )
+
+
+def refusal(model: Checkpoint, role: str, found: Quantization) -> str:
+    """That nothing can be computed of a model's weights as they are stored, and what to do."""
+    return (
+        f"{model.source.reference} ({role}) is quantized: {found}; arithmetic on packed weights is "
+        f"meaningless: {found.remedy}"
     )
 
 

@@ -12,10 +12,11 @@ from typing import Literal
 
 from surgery.anatomy import Role
 from surgery.checkpoint import Checkpoint, Edit
-from surgery.dtypes import DTYPES
+from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
 from surgery.merging.finite import finite
-from surgery.operations.pairs import check_pair, check_unquantized, tied_head
+from surgery.operations.dequantize import computable
+from surgery.operations.pairs import check_pair, tied_head
 from surgery.task_vector import TaskVector
 from surgery.tensor import LazyTensor
 
@@ -32,7 +33,7 @@ def task_vector(
     """
     if dtype not in ("float32", "tuned"):
         raise ArgumentError(f"dtype is {dtype!r}, and has to be 'float32' or 'tuned'")
-    check_unquantized(base=base, tuned=tuned)
+    base, tuned = computable(base=base, tuned=tuned)
     check_pair(base, tuned)
     if tied_head(tuned, base) is not None and not tuned.anatomy.tied:
         raise UnsupportedError(
@@ -45,7 +46,11 @@ def task_vector(
         if tensor.dtype.kind != "float" or base.anatomy.places[name].role is Role.BUFFER:
             continue
         stored = name if name in tuned or name != head or embedding is None else embedding
-        tensors[name] = _difference(finite(base, name), finite(tuned, stored), dtype)
+        tensors[name] = _difference(
+            finite(base, name),
+            finite(tuned, stored),
+            tuned[stored].dtype if dtype == "tuned" else None,
+        )
     edit = Edit("task_vector", {"dtype": dtype}, {"base": base.source, "tuned": tuned.source})
     return TaskVector(tensors=tensors, base=base, history=(*base.history, *tuned.history, edit))
 
@@ -63,7 +68,7 @@ def apply(
     weights can't be compared, and it is taken on trust.)
     """
     scales = _scales(scale, len(vectors))
-    check_unquantized(base=base)
+    (base,) = computable(base=base)
     problems = [problem for vector in vectors for problem in _problems(base, vector)]
     MismatchError.raise_if(dict.fromkeys(problems))
     if not base.source.remote_headers:
@@ -72,7 +77,7 @@ def apply(
     tensors = {}
     for name in dict.fromkeys(name for vector in vectors for name in vector):
         having = [(v[name], s) for v, s in zip(vectors, scales, strict=True) if name in v]
-        tensors[name] = _applied(finite(base, name), having)
+        tensors[name] = _applied(finite(base, name), having, base[name].dtype)
     inputs = {"base": base.source}
     for at, vector in enumerate(vectors, 1):
         for role, source in vector.sources.items():
@@ -81,16 +86,19 @@ def apply(
     return base.edited(edit, tensors, base.settled_config, others=vectors)
 
 
-def _difference(base: LazyTensor, tuned: LazyTensor, dtype: str) -> LazyTensor:
+def _difference(base: LazyTensor, tuned: LazyTensor, dtype: DType | None) -> LazyTensor:
+    """tuned - base, in `dtype`, or else as it is computed."""
     from surgery.kernels.merging import difference
 
     wide = DTYPES["F64" if "F64" in (base.dtype.name, tuned.dtype.name) else "F32"]
-    stored = tuned.dtype if dtype == "tuned" else wide
+    stored = dtype or wide
     kernel = partial(difference, compute=wide.torch, dtype=stored.torch)
     return LazyTensor(tuned.shape, stored, inputs=(base, tuned), kernel=kernel)
 
 
-def _applied(base: LazyTensor, updates: Sequence[tuple[LazyTensor, float]]) -> LazyTensor:
+def _applied(
+    base: LazyTensor, updates: Sequence[tuple[LazyTensor, float]], dtype: DType
+) -> LazyTensor:
     from surgery.kernels.updates import apply_updates
 
     taus = tuple(tau for tau, _ in updates)
@@ -99,9 +107,9 @@ def _applied(base: LazyTensor, updates: Sequence[tuple[LazyTensor, float]]) -> L
         apply_updates,
         scales=tuple(scale for _, scale in updates),
         compute=wide.torch,
-        dtype=base.dtype.torch,
+        dtype=dtype.torch,
     )
-    return LazyTensor(base.shape, base.dtype, inputs=(base, *taus), kernel=kernel)
+    return LazyTensor(base.shape, dtype, inputs=(base, *taus), kernel=kernel)
 
 
 def _scales(scale: float | Sequence[float], count: int) -> tuple[float, ...]:

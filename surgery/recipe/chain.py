@@ -17,6 +17,7 @@ from surgery.lora.written import LoraAdapter
 from surgery.merging.methods import find_method
 from surgery.models import open_checkpoint
 from surgery.operations.blocks import compose, main_stack
+from surgery.operations.dequantize import dequantize
 from surgery.operations.expand import expand
 from surgery.operations.grow import grow
 from surgery.operations.layers import parse_layers
@@ -29,6 +30,7 @@ from surgery.recipe.document import Steps
 from surgery.recipe.schema import (
     ApplyArguments,
     ComposeArguments,
+    DequantizeArguments,
     ExpandArguments,
     GrowArguments,
     LinesArguments,
@@ -223,6 +225,9 @@ class _Builder:
     def _expand(self, given: ExpandArguments) -> Checkpoint:
         after = None if given.after is None else str(given.after)
         return expand(self._model(given.model), copies=given.copies, after=after)
+
+    def _dequantize(self, given: DequantizeArguments) -> Checkpoint:
+        return dequantize(self._model(given.model), dtype=given.dtype)
 
     def _task_vector(self, given: TaskVectorArguments) -> TaskVector:
         return task_vector(self._model(given.base), self._model(given.tuned), dtype=given.dtype)

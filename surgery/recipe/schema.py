@@ -126,6 +126,15 @@ class ExpandArguments(Arguments):
     verify: bool = True
 
 
+class DequantizeArguments(Arguments):
+    """`dequantize`: 8-bit floats times their scales."""
+
+    refers = ("model",)
+
+    model: str
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
 class TaskVectorArguments(Arguments):
     """`task_vector`: what fine-tuning did."""
 
@@ -185,6 +194,7 @@ OPERATIONS: Mapping[str, type[Arguments]] = {
     "lines": LinesArguments,
     "grow": GrowArguments,
     "expand": ExpandArguments,
+    "dequantize": DequantizeArguments,
     "task_vector": TaskVectorArguments,
     "apply": ApplyArguments,
     "compose": ComposeArguments,

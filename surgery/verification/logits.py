@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from surgery.anatomy.infer import first, text_config
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError, UnsupportedError
+from surgery.operations.dequantize import computable
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -90,10 +91,12 @@ def compare_logits(
     """Run both on the same random tokens. One model is in memory at a time. `places` gives the
     names that blocks of the base have in `other`, where they moved.
 
-    Raises UnsupportedError if transformers can't build one of them.
+    8-bit floats are run as what they stand for. Raises UnsupportedError if transformers can't
+    build one of them, or if its weights are packed in another way.
     """
     import torch
 
+    base, other = computable(base=base, other=other)
     device = check_device(base, other, device, dtype)
     inputs = _inputs(base, seed).to(device)
     run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs)

@@ -1,0 +1,1 @@
+"""Packed weights: what they are, by name, and those (FP8 with scales) that can be turned back."""
