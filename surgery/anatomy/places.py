@@ -17,7 +17,7 @@ class Role(str, Enum):
     EMBEDDING = "embedding"
     ATTENTION = "attention"
     MIXER = "mixer"
-    """A state space, a recurrence or a convolution, in the place of attention."""
+    """What mixes tokens other than by attention: a state space, a recurrence, a convolution."""
     MLP = "mlp"
     EXPERT = "expert"
     ROUTER = "router"
@@ -146,15 +146,19 @@ def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) ->
     return several and (listed or 2 * repeated >= sum(often.values()))
 
 
-def _mixers(names: Iterable[str]) -> dict[str, bool]:
+def _mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, bool]:
     """The modules, with a dot behind, that mix tokens by a recurrence or a convolution: those
-    that hold a decay or a step size (True), or a convolution along the tokens."""
+    that hold a decay or a step size (True), or a convolution along the tokens (False)."""
     found: dict[str, bool] = {}
-    for name in names:
-        if match := _STATE.search(name):
-            found[name[: match.start() + 1]] = True
-        elif match := _MIXER.search(name):
-            found.setdefault(name[: match.start() + 1], False)
+    for name, tensor in tensors.items():
+        if (match := _STATE.search(name)) or (match := _MIXER.search(name)):
+            module = name[: match.start() + 1]
+        elif len(tensor.shape) == 3 and tensor.shape[1] == 1 and "conv" in name:
+            module = name.rpartition(".")[0].rpartition(".")[0] + "."  # a channel at a time
+        else:
+            continue
+        if not re.search(r"(^|\.)\d+\.$", module):  # not the whole block
+            found[module] = found.get(module, False) or _STATE.search(name) is not None
     return found
 
 

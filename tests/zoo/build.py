@@ -52,6 +52,8 @@ def build(kind: Kind, folder: Path) -> Tiny:
                 _spread(model)
             except Exception as error:  # noqa: BLE001  config classes raise all there is
                 first = first or error
+                if isinstance(first, NotBuilt):
+                    break  # too large with every rule, and larger without some
                 continue
             if not kind.tokens or _runs(model):
                 chosen = model

@@ -66,7 +66,7 @@ def kinds_of(model_type: str) -> list[Kind]:
 
 def _input(model_class: Any) -> str:
     try:
-        return INPUTS.get(getattr(model_class, "main_input_name", ""), "other")
+        return INPUTS.get(str(getattr(model_class, "main_input_name", "")), "other")
     except ImportError:  # a class that needs a library that isn't there
         return "other"
 

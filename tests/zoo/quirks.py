@@ -28,6 +28,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "time_series_transformer": {"prediction_length": 8},
+    # sizes that have to agree: heads times their size is twice the hidden size
+    "mamba2": {"num_heads": 8, "head_dim": 8},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }

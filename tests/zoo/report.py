@@ -141,9 +141,16 @@ def page(whole: dict[str, Any]) -> str:
 
 def _general(reason: str) -> str:
     """A reason without the names that stand in it."""
-    for start in ("can't tell which", "no up projection", "no key of config.json"):
+    for start in (
+        "can't tell which",
+        "no up projection",
+        "no key of config.json",
+        "in several stacks",
+    ):
         if start in reason:
-            return start + " …"
+            return f"… {start} …"
+    if "follows the MLP's width" in reason:
+        return "… follows the MLP's width"
     return reason.partition("can't be grown: ")[2] or reason
 
 

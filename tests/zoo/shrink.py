@@ -33,7 +33,7 @@ _FIRST_FEW = re.compile(
     r"first_k_dense_replace|num_dense_layers|max_window_layers|moe_layer_start_index"
 )
 _PERIOD = re.compile(
-    r"\w*(period|every_n_layers|group_size|layer_interval|sliding_window_pattern|sparse_step)"
+    r"\w*(period|every_n_layers|layer_group_size|layer_interval|sliding_window_pattern|sparse_step)"
 )
 _VOCABULARY = re.compile(r"\w*vocab_size\w*|num_embeddings|num_embeds")
 _TOKEN = re.compile(r"\w*(token_id|token_index|_token|_index|_id)")
@@ -181,7 +181,7 @@ def _number(
             return min(value, 1)
         if _DEPTH.fullmatch(key) and not _NO_DEPTH.fullmatch(key):
             return depth if value > 1 or key == "num_hidden_layers" else value
-        if _PERIOD.fullmatch(key) and "layer" in key + "layer" and value > 2:
+        if _PERIOD.fullmatch(key) and value > 2:
             return 2
         if key.endswith("_layer_offset"):
             return 1
