@@ -53,6 +53,16 @@ SMALL_MODELS: dict[str, dict[str, Any]] = {
 """What makes a family small, beyond what all have in common; others go by that alone."""
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What is marked `zoo` takes minutes, and runs only where it is asked for."""
+    if "zoo" in config.option.markexpr:
+        return
+    asked = [item for item in items if item.get_closest_marker("zoo") is None]
+    if len(asked) < len(items) and not any("::" in argument for argument in config.args):
+        config.hook.pytest_deselected(items=[item for item in items if item not in asked])
+        items[:] = asked
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

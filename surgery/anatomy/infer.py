@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from surgery.anatomy.corrections import Corrections
+from surgery.anatomy.hidden import hidden_sizes
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
@@ -55,11 +56,15 @@ def infer(
     part = text_config(config)
     places, stacks = find_places(tensors, first(part, DEPTH_KEYS))
     corrections.place(tensors, places, stacks)
-    embedding = _embedding(tensors, places)
+    embedding = _embedding(tensors, places, first(part, ("vocab_size",)))
+    if embedding is not None and places[embedding].role is Role.UNKNOWN:
+        places[embedding] = replace(places[embedding], role=Role.EMBEDDING)
     hidden = first(part, HIDDEN_KEYS)
     if hidden is None and embedding is not None:
         hidden = tensors[embedding].shape[-1]
-    mlps, no_growth = _mlps(tensors, places, hidden, _widths(part))
+    mlps, no_growth = _mlps(
+        tensors, places, hidden_sizes(tensors, places, hidden), _all_widths(config)
+    )
     corrections.put_mlps(tensors, places, mlps, no_growth)
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
@@ -90,10 +95,19 @@ def _widths(config: Mapping[str, Any]) -> set[int]:
     return widths | (set(per_layer) if isinstance(per_layer, list) else set())
 
 
+def _all_widths(config: Mapping[str, Any]) -> set[int]:
+    """The widths that a config gives, those of its parts included."""
+    widths = _widths(config)
+    for part in config.values():
+        if isinstance(part, Mapping):
+            widths |= _all_widths(part)
+    return widths
+
+
 def _mlps(
     tensors: Mapping[str, LazyTensor],
     places: Mapping[str, Place],
-    hidden: int | None,
+    hidden: Mapping[tuple[str, int], int | None],
     widths: set[int],
 ) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
     blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
@@ -111,10 +125,11 @@ def _mlps(
     mlps: dict[tuple[str, int], MLP] = {}
     no_growth: dict[tuple[str, int], str] = {}
     for key, block in blocks.items():
-        if hidden is None:
-            no_growth[key] = "the hidden size is unknown: there is no config and no embedding"
+        size = hidden[key]
+        if size is None:
+            no_growth[key] = "the hidden size is unknown: no config, embedding or norm tells it"
             continue
-        mlp = find_mlp(*key, block, hidden, widths, in_out[key[0]])
+        mlp = find_mlp(*key, block, size, widths, in_out[key[0]])
         if isinstance(mlp, str):
             no_growth[key] = mlp
         elif mlp is not None:
@@ -126,8 +141,11 @@ def _mlps(
     return mlps, no_growth
 
 
-def _embedding(tensors: Mapping[str, LazyTensor], places: Mapping[str, Place]) -> str | None:
-    """The matrix of token embeddings: of those that aren't positions or types, the largest."""
+def _embedding(
+    tensors: Mapping[str, LazyTensor], places: Mapping[str, Place], vocabulary: int | None
+) -> str | None:
+    """The matrix of token embeddings: of those that aren't positions or types, the largest. Where
+    no name tells, the one matrix outside the blocks that has a row for every token."""
     found = [
         name
         for name, place in places.items()
@@ -135,7 +153,17 @@ def _embedding(tensors: Mapping[str, LazyTensor], places: Mapping[str, Place]) -
         and len(tensors[name].shape) == 2
         and not re.search(r"pos|wpe|type", name)
     ]
-    return max(found, key=lambda name: tensors[name].shape[0], default=None)
+    if not found:
+        found = [
+            name
+            for name, place in places.items()
+            if place.role is Role.UNKNOWN
+            and place.stack is None
+            and len(tensors[name].shape) == 2
+            and tensors[name].shape[0] == vocabulary
+        ]
+        return found[0] if len(found) == 1 else None
+    return max(found, key=lambda name: tensors[name].shape[0])
 
 
 def _head(

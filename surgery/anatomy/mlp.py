@@ -68,11 +68,11 @@ def find_mlp(
 
     `hidden` is the model's hidden size, `widths` what the config gives as MLP width, `in_out`
     whether the stack stores its matrices (in, out) where no bias tells. Returns
-    None if the block has no matrix that could belong to one, or a sentence that says why the
+    None if the block has no two matrices that could belong to one, or a sentence that says why the
     matrices there are can't be told apart.
     """
     matrices = {n: t for n, t in tensors.items() if len(t.shape) == 2 and hidden in t.shape}
-    if not matrices:
+    if len(matrices) < 2:
         return None
     by_bias = {
         name: layout

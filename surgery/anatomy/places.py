@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 
@@ -16,6 +16,8 @@ class Role(str, Enum):
 
     EMBEDDING = "embedding"
     ATTENTION = "attention"
+    MIXER = "mixer"
+    """What mixes tokens other than by attention: a state space, a recurrence, a convolution."""
     MLP = "mlp"
     EXPERT = "expert"
     ROUTER = "router"
@@ -35,12 +37,19 @@ class Place:
     block: int | None = None
 
 
-_BLOCK = re.compile(r"(?:(.+?)\.)?(\d+)\.(.+)")
+_NUMBER = re.compile(r"(?<![^.])(\d+)\.")
+_STATE = re.compile(r"\.(A_log|dt_bias|time_decay|recurrent_param)$")
+_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv)([._]|$)")
 
 # Words of a name, most telling first. A word counts where it stands between dots and
 # underscores, so that "proj" isn't in "projector"; "ln_1" and "layernorm" are patterns.
 _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
-    (Role.BUFFER, re.compile(r"(^|\.)(inv_freq|masked_bias|position_ids|num_batches_tracked)$")),
+    (
+        Role.BUFFER,
+        re.compile(
+            r"(^|\.)(inv_freq|masked_bias|position_ids|num_batches_tracked|(in|out)put_(min|max))$"
+        ),
+    ),
     (Role.EXPERT, re.compile(r"(^|[._])experts?([._]|$)", re.IGNORECASE)),
     (
         Role.ROUTER,
@@ -50,12 +59,14 @@ _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
     ),
     (
         Role.NORM,
-        re.compile(r"(^|[._])(ln\d*|norm\d*|\w*(layer_?|_)norm\d*)([._]|$)", re.IGNORECASE),
+        re.compile(r"(^|[._])(ln\d*|\w*norm\d*)([._]|$)", re.IGNORECASE),
     ),
     (
         Role.ATTENTION,
         re.compile(
-            r"(^|[._])(\w*attn|\w*attention|[qkvo]_proj|qkv(_proj)?|att)([._]|$)", re.IGNORECASE
+            r"(^|[._])(\w*attn|\w*attention|[qkvo]_proj|[qkv]_lin|out_lin|w?qkv(_proj)?|att)"
+            r"([._]|$)",
+            re.IGNORECASE,
         ),
     ),
 )
@@ -81,17 +92,19 @@ def find_places(
 ) -> tuple[dict[str, Place], dict[str, int]]:
     """The place of every tensor, and the number of blocks of every stack.
 
-    A stack is a prefix that is followed by 0, 1, ... L-1 with like names inside. `depth` is the
-    number of layers in the config, which settles whether a list of one is a stack.
+    A stack is a prefix that is followed by 0, 1, ... L-1 with like names inside; of stacks in one
+    another, the outermost. `depth` is the number of layers in the config, which settles whether a
+    list of one is a stack.
     """
     stacks = _stacks(tensors, depth)
+    mixers = _mixers(tensors)
     places = {}
     for name, tensor in tensors.items():
-        match = _BLOCK.fullmatch(name)
-        stack = (match.group(1) or "") if match else None
-        if match and stack in stacks:
-            inner = match.group(3)
-            places[name] = Place(_role(inner, tensor, _ROLES), inner, stack, int(match.group(2)))
+        where = next((each for each in _numbered(name) if each[0] in stacks), None)
+        if where is not None:
+            stack, number, inner = where
+            role = _role(inner, tensor, _ROLES)
+            places[name] = Place(_mixing(name, role, mixers), inner, stack, number)
         else:
             places[name] = Place(_role(name, tensor, _OUTSIDE), name)
     return places, stacks
@@ -102,19 +115,31 @@ def place_in_block(inner: str, tensor: LazyTensor, stack: str, block: int) -> Pl
     return Place(_role(inner, tensor, _ROLES), inner, stack, block)
 
 
+def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
+    """Every (prefix, number, what follows) of a name, the outermost first."""
+    for match in _NUMBER.finditer(name):
+        yield name[: match.start()].removesuffix("."), int(match.group(1)), name[match.end() :]
+
+
 def _stacks(names: Iterable[str], depth: int | None) -> dict[str, int]:
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        if match := _BLOCK.fullmatch(name):
-            found[match.group(1) or ""][int(match.group(2))].add(match.group(3))
-    return {
+        for prefix, number, inner in _numbered(name):
+            found[prefix][number].add(inner)
+    stacks = {
         prefix: len(blocks) for prefix, blocks in found.items() if _is_stack(prefix, blocks, depth)
+    }
+    return {
+        prefix: length
+        for prefix, length in stacks.items()
+        if not any(outer in stacks for outer, _, _ in _numbered(f"{prefix}.0.") if outer != prefix)
     }
 
 
 def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) -> bool:
     """Numbers from 0 without a gap, and blocks that resemble each other: the numbered members of
-    an `nn.Sequential` have gaps (activations hold no tensor) or names of their own."""
+    an `nn.Sequential` have gaps (activations hold no tensor) or names of their own. Where layers
+    are all of different kinds, what the list is called and one name in common will do."""
     if set(blocks) != set(range(len(blocks))):
         return False
     if len(blocks) == 1:
@@ -122,7 +147,38 @@ def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) ->
     often = Counter(inner for block in blocks.values() for inner in block)
     repeated = sum(count for count in often.values() if count > 1)
     several = max(len(block) for block in blocks.values()) > 2
-    return several and 2 * repeated >= sum(often.values())
+    listed = prefix.rsplit(".", 1)[-1] in _LISTS and len(blocks) in often.values()
+    return several and (listed or 2 * repeated >= sum(often.values()))
+
+
+def _mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, bool]:
+    """The modules, with a dot behind, that mix tokens by a recurrence or a convolution: those
+    that hold a decay or a step size (True), or a convolution along the tokens (False)."""
+    found: dict[str, bool] = {}
+    for name, tensor in tensors.items():
+        if (match := _STATE.search(name)) or (match := _MIXER.search(name)):
+            module = name[: match.start() + 1]
+        elif len(tensor.shape) == 3 and tensor.shape[1] == 1 and "conv" in name:
+            module = name.rpartition(".")[0].rpartition(".")[0] + "."  # a channel at a time
+        else:
+            continue
+        if not re.search(r"(^|\.)\d+\.$", module):  # not the whole block
+            found[module] = found.get(module, False) or _STATE.search(name) is not None
+    return found
+
+
+def _mixing(name: str, role: Role, mixers: Mapping[str, bool]) -> Role:
+    """The role of a tensor of a block, given the modules that mix tokens other than by attention.
+
+    One with a state does so whatever it is called (`linear_attn`); attention may have a
+    convolution on its way in.
+    """
+    if role in (Role.UNKNOWN, Role.ATTENTION):
+        for dot in re.finditer(r"\.", name):
+            state = mixers.get(name[: dot.end()])
+            if state or (state is False and role is Role.UNKNOWN):
+                return Role.MIXER
+    return role
 
 
 def _role(name: str, tensor: LazyTensor, rules: tuple[tuple[Role, re.Pattern[str]], ...]) -> Role:

@@ -1,0 +1,1 @@
+"""Every architecture of the installed transformers, built tiny and put through the operations."""

@@ -1,0 +1,157 @@
+"""Tiny checkpoints of any model type, with random weights, saved by transformers itself."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import quiet
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from .kinds import Kind
+from .quirks import QUIRKS
+from .shrink import GROUPS, VOCABULARY, shrink
+
+LIMIT = 20_000_000
+"""Parameters beyond which a model isn't tiny."""
+
+
+class NotBuilt(Exception):
+    """What transformers said, in a line."""
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """A checkpoint on disk, what it is of, and whether it was seen to take tokens."""
+
+    folder: Path
+    kind: Kind
+    runs: bool
+    lists: dict[str, int]
+    """The outermost lists of blocks among the model's modules, and how long they are."""
+
+
+def build(kind: Kind, folder: Path) -> Tiny:
+    """The tiny model of a kind, in `folder`. Raises NotBuilt."""
+    first: Exception | None = None
+    chosen = fallback = None
+    with quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for dropped, values in _attempts(kind):
+            if dropped > 1 and fallback is not None:
+                break  # it was built, and no single rule is why it doesn't run
+            try:
+                config = _config(kind, values)
+                _check_size(kind, config)
+                model = kind.model_class(copy.deepcopy(config))
+                _spread(model)
+            except Exception as error:  # noqa: BLE001  config classes raise all there is
+                first = first or error
+                if isinstance(first, NotBuilt):
+                    break  # too large with every rule, and larger without some
+                continue
+            if not kind.tokens or _runs(model):
+                chosen = model
+                break
+            fallback = fallback or model
+        model = chosen or fallback
+        if model is None:
+            raise NotBuilt(_line(first)) from first
+        try:
+            model.save_pretrained(folder)
+        except Exception as error:
+            raise NotBuilt(f"save_pretrained: {_line(error)}") from error
+        if not any(folder.glob("*.safetensors")):
+            raise NotBuilt("save_pretrained writes no tensors")
+    return Tiny(folder, kind, chosen is not None and kind.tokens, _lists(model))
+
+
+def _lists(model: Any) -> dict[str, int]:
+    """Lists of several modules of some size that aren't part of such a list themselves."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.ModuleList) or len(module) < 2:
+            continue
+        sizes = [sum(1 for _ in block.parameters()) if block else 0 for block in module]
+        if min(sizes) and max(sizes) > 2 and not any(name.startswith(f"{n}.") for n in found):
+            found[name] = len(module)
+    return found
+
+
+def _attempts(kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Configs to try: all rules, then without one group of them, then without two."""
+    try:
+        values = CONFIG_MAPPING[kind.model_type]().to_dict()
+    except Exception as error:
+        raise NotBuilt(f"its config has no default: {_line(error)}") from error
+    for count in range(3):
+        for keep in combinations(GROUPS, count):
+            small = shrink(values, keep)
+            if kind.kind == "causal" and "is_decoder" in small:
+                small["is_decoder"] = True
+            _merge(small, QUIRKS.get(kind.model_type, {}))
+            yield count, small
+
+
+def _config(kind: Kind, values: dict[str, Any]) -> Any:
+    """The config, or the part of it that the class takes: a causal class is often of one part."""
+    config = CONFIG_MAPPING[kind.model_type].from_dict(copy.deepcopy(values))
+    takes = kind.model_class.config_class
+    if takes is None or isinstance(config, takes):
+        return config
+    parts = [part for part in vars(config).values() if isinstance(part, takes)]
+    return parts[0] if parts else config
+
+
+def _merge(values: dict[str, Any], quirks: dict[str, Any]) -> None:
+    for key, value in quirks.items():
+        if isinstance(value, dict) and isinstance(values.get(key), dict):
+            _merge(values[key], value)
+        else:
+            values[key] = value
+
+
+def _check_size(kind: Kind, config: Any) -> None:
+    with torch.device("meta"):
+        model = kind.model_class(copy.deepcopy(config))
+    count = sum(parameter.numel() for parameter in model.parameters())
+    if count > LIMIT:
+        raise NotBuilt(f"{count / 1e6:,.0f}M parameters, however small its config is made")
+    if count == 0:
+        raise NotBuilt("it has no parameters")
+
+
+def _spread(model: Any) -> None:
+    """Random values for every parameter, biases and norms too."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.is_floating_point():
+                values = 0.2 * torch.randn(parameter.shape, generator=generator)
+                norm = "norm" in name.lower() and name.endswith("weight")
+                parameter.copy_(values + (1.0 if norm else 0.0))
+
+
+def tokens() -> torch.Tensor:
+    """Two sequences of 24 tokens."""
+    generator = torch.Generator().manual_seed(3)
+    return torch.randint(3, VOCABULARY // 2, (2, 24), generator=generator)
+
+
+def _runs(model: Any) -> bool:
+    try:
+        with torch.no_grad():
+            output = model.eval()(input_ids=tokens())
+        return bool(torch.isfinite(output.logits).all())
+    except Exception:  # noqa: BLE001  models raise all there is
+        return False
+
+
+def _line(error: BaseException | None) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 160 else text[:157] + "..."

@@ -1,0 +1,283 @@
+"""What the operations do to one tiny checkpoint, each against plain arithmetic of its own.
+
+What isn't right goes under `refused`: the sentence with which the tool refuses, or an error.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from families import load
+from safetensors.torch import save_file
+
+from surgery import (
+    Checkpoint,
+    UnsupportedError,
+    certify,
+    diff,
+    grow,
+    lines,
+    merge,
+    open_checkpoint,
+)
+from surgery.growth import Growth
+from surgery.modeling.build import build_model
+from surgery.tensor import LazyTensor
+from surgery.verification import find_growths
+
+from .build import Tiny, tokens
+
+ALPHA = 0.3
+SAME = 1e-5
+"""What rounding explains of max |d| / max |logit|: norms and softmax compute in float32 whatever
+the weights are. A split that was forgotten gives a hundred times as much at the least."""
+
+
+def examine(tiny: Tiny) -> dict[str, Any]:
+    """Everything that `expected.json` says of a type that can be built."""
+    base = open_checkpoint(str(tiny.folder))
+    tuned = [_tuned(tiny.folder, seed) for seed in (1, 2)]
+    result: dict[str, Any] = {
+        "class": tiny.kind.model_class.__name__,
+        "stacks": dict(base.anatomy.stacks),
+        "mlp": mlp_kind(base),
+    }
+    before = cache(lambda: logits(base))
+    checks: dict[str, Callable[[], None]] = {
+        "anatomy": lambda: check_anatomy(tiny, base),
+        "lines": lambda: check_lines(base, tuned[0]),
+        "merge": lambda: check_merge(base, tuned),
+        "diff": lambda: check_diff(base, tuned[0]),
+        "grow 2": lambda: check_growth(tiny, base, 2, before),
+        "grow 1.5": lambda: check_growth(tiny, base, 1.5, before),
+    }
+    refused = {}
+    for name, check in checks.items():
+        try:
+            check()
+        except UnsupportedError as refusal:
+            refused[name] = reason(refusal.problems, base)
+        except Exception as error:  # noqa: BLE001  whatever is raised is a finding
+            refused[name] = f"ERROR {type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return result | {"logits": tiny.kind.tokens and tiny.runs, "refused": refused}
+
+
+def reason(problems: tuple[str, ...], base: Checkpoint) -> str:
+    """The first sentence of a refusal, without what is particular to a block or a folder."""
+    text = problems[0].replace(base.source.reference, "the checkpoint")
+    return re.sub(r"\.\d+(?=[ .])", ".*", text)
+
+
+def mlp_kind(base: Checkpoint) -> str:
+    """What kinds of MLP were found."""
+    kinds = set()
+    for mlp in base.anatomy.mlps.values():
+        fused = ", fused" if mlp.ups[0].parts == 2 else ""
+        kinds.add(("gated" if mlp.gated else "plain") + fused)
+    if any(place.role.value == "expert" for place in base.anatomy.places.values()):
+        kinds.add("experts")
+    return " and ".join(sorted(kinds)) or "none"
+
+
+def check_anatomy(tiny: Tiny, base: Checkpoint) -> None:
+    """Blocks as the model has them; the same from names alone; nothing lost."""
+    anatomy = base.anatomy
+    assert set(anatomy.places) == set(load(tiny.folder)) == set(base)
+    missing = {
+        name: length
+        for name, length in tiny.lists.items()
+        if any(key.startswith(f"{name}.0.") for key in base)
+        and anatomy.stacks.get(name) != length
+        and not any(name.startswith(f"{stack}.") for stack in anatomy.stacks)
+    }
+    assert not missing, f"lists of blocks that weren't found: {missing}"
+    if tiny.kind.kind == "causal":
+        config = base.config.get("text_config", base.config)
+        depth = next(
+            (
+                config[k]
+                for k in ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+                if k in config
+            ),
+            None,
+        )
+        if depth in tiny.lists.values():  # some configs mean another number by it
+            assert depth in anatomy.stacks.values(), f"{depth}: {anatomy.stacks}"
+    bare = replace(base, config={}).anatomy
+    assert bare.stacks == anatomy.stacks, f"without a config: {bare.stacks}"
+    for name, place in bare.places.items():
+        wanted = anatomy.places[name]
+        assert (place.stack, place.block) == (wanted.stack, wanted.block), name
+
+
+def check_lines(base: Checkpoint, tuned: Checkpoint) -> None:
+    """theta_base + lambda * (theta_tuned - theta_base), lambda by the numbers in the names."""
+    edited = lines(base, tuned, alpha=ALPHA)
+    scales = scales_by_name(list(tuned), list(base.anatomy.stacks))
+    assert list(edited) == list(tuned)
+    for name, tensor in edited.items():
+        a, b = base[name].whole(), tuned[name].whole()
+        found = tensor.whole()
+        assert (found.dtype, found.shape) == (b.dtype, b.shape), name
+        if not found.is_floating_point():
+            assert torch.equal(found, b), name
+            continue
+        if base.anatomy.places[name].role.value == "buffer":
+            assert torch.equal(found, b), name
+            continue
+        wanted = a.double() + scales[name] * (b.double() - a.double())
+        assert_close(name, found, wanted)
+
+
+def scales_by_name(names: list[str], stacks: list[str]) -> dict[str, float]:
+    """lambda of every tensor from its name: the number behind the stack, of as many as there are."""
+    blocks: dict[str, tuple[str, int]] = {}
+    numbers: dict[str, set[int]] = defaultdict(set)
+    for name in names:
+        parts = name.split(".")
+        for at, part in enumerate(parts):
+            prefix = ".".join(parts[:at])
+            if part.isdigit() and prefix in stacks:
+                blocks[name] = prefix, int(part)
+                numbers[prefix].add(int(part))
+                break
+    scales = dict.fromkeys(names, ALPHA)
+    for name, (stack, block) in blocks.items():
+        last = max(numbers[stack])
+        scales[name] = ALPHA + (1 - ALPHA) * (block / last if last else 1.0)
+    return scales
+
+
+def assert_close(name: str, found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Equal within two roundings of float32."""
+    if found.numel():
+        off = (found.double() - wanted).abs()
+        bound = 4 * torch.finfo(found.dtype).eps * wanted.abs().clamp(min=1.0)
+        assert bool((off <= bound).all()), f"{name} is off by {float(off.max()):.3g}"
+
+
+def check_merge(base: Checkpoint, tuned: list[Checkpoint]) -> None:
+    """Task arithmetic of two: theta_base + 0.7 (tau_1 + tau_2)."""
+    merged = merge(tuned, base=base, method="task_arithmetic", weight=0.7)
+    assert list(merged) == list(base)
+    for name, tensor in merged.items():
+        a, found = base[name].whole(), tensor.whole()
+        buffer = base.anatomy.places[name].role.value == "buffer"
+        if buffer or not found.is_floating_point():
+            assert torch.equal(found, a), name
+            continue
+        taus = sum(0.7 * (model[name].whole().double() - a.double()) for model in tuned)
+        assert_close(name, found, a.double() + taus)
+
+
+def check_diff(base: Checkpoint, tuned: Checkpoint) -> None:
+    """Every tensor that moved is reported, with the norm of its update."""
+    found = diff(base, tuned)
+    assert {change.name for change in found.changes} == set(base)
+    assert not found.added + found.removed
+    assert not {**found.reshaped, **found.retyped}
+    for change in found.changes:
+        a, b = base[change.name].whole(), tuned[change.name].whole()
+        if not bool(torch.isfinite(a).all()):  # limits that were never calibrated
+            continue
+        wanted = float((b.double() - a.double()).norm())
+        assert abs(change.norm - wanted) <= 1e-9 * max(1.0, wanted), change.name
+
+
+def check_growth(
+    tiny: Tiny, base: Checkpoint, factor: float, before: Callable[[], torch.Tensor]
+) -> None:
+    """The certificate holds and the logits stay what they were before; with the split forgotten
+    neither is so."""
+    grown = grow(base, factor=factor)
+    growths = list(find_growths(base, grown))
+    assert growths, "no growth was found in what was grown"
+    certificate = certify(base, grown, growths)
+    assert certificate.holds, certificate.failures[:2]
+    wrong = _without_split(base, grown, growths) if factor != 2 else None
+    if wrong is not None:
+        assert not certify(base, wrong, growths).holds, "the certificate holds without the split"
+    if not (tiny.kind.tokens and tiny.runs):
+        return
+    outputs = before()
+    off = apart(logits(grown), outputs)
+    assert off <= SAME, f"logits are apart by {off:.3g}"
+    if wrong is not None:
+        off = apart(logits(wrong), outputs)
+        assert off > 3 * SAME, f"without the split logits are apart by {off:.3g} only"
+
+
+def _without_split(base: Checkpoint, grown: Checkpoint, growths: list[Growth]) -> Checkpoint:
+    """The control: neurons copied, and the weights that lead out of them copied whole."""
+    tensors: dict[str, LazyTensor] = dict(grown.tensors)
+    for growth in growths:
+        down = growth.mlp.down
+        whole = base[down.weight].whole()
+        sources = torch.from_numpy(growth.sources())
+        axis = 0 if down.in_out else 1
+        values = whole.index_select(axis, sources.clamp(min=0))
+        tensors[down.weight] = replace(
+            grown[down.weight], leaf=Given(values), inputs=(), kernel=None
+        )
+    return replace(grown, tensors=tensors)
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """A leaf that is a tensor in memory."""
+
+    values: torch.Tensor
+
+    def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor:
+        return self.values.reshape(tensor.shape_of(tensor.rows))[start:stop].clone()
+
+
+def logits(checkpoint: Checkpoint) -> torch.Tensor:
+    """Of the tokens that every type gets, in float64 where the model can."""
+    for dtype in (torch.float64, torch.float32):
+        built = build_model(checkpoint, dtype, "cpu")
+        assert not built.missing, f"not in the files: {built.missing[:3]}"
+        try:
+            with torch.no_grad():
+                return built.model(input_ids=tokens()).logits.double()
+        except RuntimeError:
+            if dtype is torch.float32:
+                raise
+    raise AssertionError
+
+
+def apart(a: torch.Tensor, b: torch.Tensor) -> float:
+    """max |a - b| / max |b|."""
+    assert a.shape == b.shape
+    assert bool(torch.isfinite(b).all())
+    return float((a - b).abs().max() / b.abs().max())
+
+
+def _tuned(folder: Path, seed: int) -> Checkpoint:
+    """The checkpoint after a made-up fine-tuning: every float tensor moved, integers kept."""
+    target = folder.parent / f"{folder.name}-tuned-{seed}"
+    generator = torch.Generator().manual_seed(seed)
+    tensors: Mapping[str, torch.Tensor] = {
+        name: value + (0.05 * torch.randn(value.shape, generator=generator)).to(value.dtype)
+        if value.is_floating_point()
+        else value
+        for name, value in load(folder).items()
+    }
+    shutil.rmtree(target, ignore_errors=True)
+    target.mkdir()
+    if (folder / "config.json").is_file():
+        shutil.copy(folder / "config.json", target)
+    save_file(
+        {name: value.contiguous() for name, value in tensors.items()},
+        target / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    return open_checkpoint(str(target))
