@@ -25,6 +25,10 @@ class NotBuilt(Exception):
     """What transformers said, in a line."""
 
 
+class FarTooLargeError(NotBuilt):
+    """No other config that is tried will be small."""
+
+
 @dataclass(frozen=True)
 class Tiny:
     """A checkpoint on disk, what it is of, and whether it was seen to take tokens."""
@@ -52,8 +56,8 @@ def build(kind: Kind, folder: Path) -> Tiny:
                 _spread(model)
             except Exception as error:  # noqa: BLE001  config classes raise all there is
                 first = first or error
-                if isinstance(first, NotBuilt):
-                    break  # too large with every rule, and larger without some
+                if isinstance(first, FarTooLargeError):
+                    break  # with every rule, so without some as well
                 continue
             if not kind.tokens or _runs(model):
                 chosen = model
@@ -121,7 +125,8 @@ def _check_size(kind: Kind, config: Any) -> None:
         model = kind.model_class(copy.deepcopy(config))
     count = sum(parameter.numel() for parameter in model.parameters())
     if count > LIMIT:
-        raise NotBuilt(f"{count / 1e6:,.0f}M parameters, however small its config is made")
+        kind_of_error = FarTooLargeError if count > 5 * LIMIT else NotBuilt
+        raise kind_of_error(f"{count / 1e6:,.0f}M parameters, however small its config is made")
     if count == 0:
         raise NotBuilt("it has no parameters")
 
