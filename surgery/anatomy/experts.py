@@ -13,13 +13,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.anatomy.mlp import DOWN, MLP, Kind, Projection, find_mlp, follows_width
+from surgery.anatomy.mlp import (
+    DOWN,
+    INTERLEAVED_NAME,
+    MLP,
+    Kind,
+    Projection,
+    find_mlp,
+    follows_width,
+)
 from surgery.tensor import LazyTensor
 
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types whose stacked experts have gate and up neuron by neuron: g0, u0, g1, u1, ..."""
 
-_INTERLEAVED_NAME = re.compile(r"(^|[._])w13_(weight|dn)")  # Inkling
 _ATTENTION = re.compile(r"(^|[._])\w*(attn|attention)\.")  # JetMoE: attention of experts
 _NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
 _SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
@@ -130,7 +137,7 @@ def _stacked(
             next((b for b in biases if b != name and b in group), None),
             in_out,
             parts,
-            interleaved=parts == 2 and (interleaved or bool(_INTERLEAVED_NAME.search(name))),
+            interleaved=parts == 2 and (interleaved or bool(INTERLEAVED_NAME.search(name))),
             experts=experts,
         )
 

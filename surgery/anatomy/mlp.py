@@ -97,6 +97,9 @@ class MLP:
         yield self.down.weight, self.down, self.down.axis(down=True)
 
 
+INTERLEAVED_NAME = re.compile(r"(^|[._])w13_(weight|dn)")
+"""Inkling's fused matrices, which have gate and up neuron by neuron."""
+
 DOWN = re.compile(r"(^|[._])(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|wo|output|down)([._]|$)")
 
 
@@ -150,7 +153,13 @@ def find_mlp(
 
     def projection(name: str, parts: int = 1) -> Projection:
         bias = _bias_name(name)
-        return Projection(name, bias if bias in tensors else None, by_bias.get(name, in_out), parts)
+        return Projection(
+            name,
+            bias if bias in tensors else None,
+            by_bias.get(name, in_out),
+            parts,
+            interleaved=parts == 2 and bool(INTERLEAVED_NAME.search(name)),
+        )
 
     return MLP(
         stack=stack,
