@@ -130,6 +130,24 @@ def test_families_whose_experts_are_interleaved_are_all_known():
     assert said == INTERLEAVED
 
 
+def test_inkling_names_say_that_gate_and_up_alternate(tmp_path: Path):
+    """Shapes of one plain block and one mixture, by the names on the Hub."""
+    tensors = {"model.llm.embed.weight": torch.zeros(97, 32)}
+    for block in (0, 1):
+        for name in ("attn.wq_du.weight", "attn.wo_ud.weight"):
+            tensors[f"model.llm.layers.{block}.{name}"] = torch.zeros(32, 32)
+    tensors["model.llm.layers.0.mlp.w13_dn.weight"] = torch.zeros(80, 32)
+    tensors["model.llm.layers.0.mlp.w2_md.weight"] = torch.zeros(32, 40)
+    tensors["model.llm.layers.1.mlp.experts.w13_weight"] = torch.zeros(4, 48, 32)
+    tensors["model.llm.layers.1.mlp.experts.w2_weight"] = torch.zeros(4, 32, 24)
+    base = save_raw(tmp_path / "raw", tensors, config={"hidden_size": 32, "intermediate_size": 40})
+    mlps = open_checkpoint(base).anatomy.every_mlp
+    assert [(mlp.kind, mlp.width, mlp.ups[0].interleaved) for mlp in mlps] == [
+        ("dense", 40, True),
+        ("routed", 24, True),
+    ]
+
+
 # What is written
 
 
