@@ -24,7 +24,7 @@ from .options import (
     VerifyDtype,
     VerifyDtypeOption,
 )
-from .output import block_ranges, console, count, table
+from .output import block_ranges, console, count, note, table
 from .writes import Proof, Target, write_proven
 from .writes import dry_run as show_plan
 
@@ -40,6 +40,14 @@ class Choose(str, Enum):
     norm = "norm"
 
 
+class Experts(str, Enum):
+    """Which MLPs of a mixture of experts are grown."""
+
+    all = "all"
+    routed = "routed"
+    shared = "shared"
+
+
 def grow(
     base: Annotated[str, typer.Argument(help=MODEL)],
     out: Out,
@@ -50,6 +58,13 @@ def grow(
     layers: Annotated[
         str, typer.Option(help='"all", or blocks from 0, and back from -1: "8-15", "0,4,-1".')
     ] = "all",
+    experts: Annotated[
+        Experts,
+        typer.Option(
+            help="In a mixture: every MLP, or only the experts that tokens are routed to, or only "
+            "the shared ones."
+        ),
+    ] = Experts.all,
     multiple_of: Annotated[
         int, typer.Option(help="Round the width up to a multiple of this, such as 64.")
     ] = 1,
@@ -96,6 +111,7 @@ def grow(
         factor=factor,
         width=width,
         layers=layers,
+        experts=experts.value,
         multiple_of=multiple_of,
         choose="first" if dry_run and choose is Choose.norm else choose.value,
         symmetry_break=break_symmetry,
@@ -110,19 +126,30 @@ def grow(
         _print(given, grown, written.record["edits"][-1]["details"]["mlps"], str(written.target))
 
 
+_KINDS = {"dense": "plain", "routed": "routed experts", "shared": "shared experts"}
+
+
 def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], target: str) -> None:
+    mixture = any(mlp["kind"] != "dense" for mlp in mlps)
+    kinds = ("MLPs",) if mixture else ()
     rows = table(
-        "stack", "blocks", "MLP width", "grown to", "of it padding", left=("stack", "blocks")
+        *("stack", "blocks", *kinds, "MLP width", "grown to", "of it padding"),
+        left=("stack", "blocks", *kinds),
     )
-    alike: dict[tuple[Any, ...], list[int]] = {}
+    alike: dict[tuple[Any, ...], set[int]] = {}
     for mlp in mlps:
-        alike.setdefault((mlp["stack"], *mlp["width"], mlp["padding"]), []).append(mlp["block"])
-    for (stack, before, after, padding), blocks in alike.items():
+        key = mlp["stack"], _KINDS[mlp["kind"]], *mlp["width"], mlp["padding"]
+        alike.setdefault(key, set()).add(mlp["block"])
+    for (stack, kind, before, after, padding), blocks in alike.items():
         padded = f"{padding:,}" if padding else ""
-        rows.add_row(stack, block_ranges(sorted(blocks)), f"{before:,}", f"{after:,}", padded)
+        named = (kind,) if mixture else ()
+        widths = (f"{before:,}", f"{after:,}", padded)
+        rows.add_row(stack, block_ranges(sorted(blocks)), *named, *widths)
     out = console()
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
+    for text in grown.notes[len(given.notes) :]:
+        note(text)
     if "mlp_widths" in grown.config:
         out.print("Layers differ in width: load it with trust_remote_code=True.")

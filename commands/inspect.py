@@ -97,6 +97,7 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
     for stack, depth in anatomy.stacks.items():
         for block in range(depth):
             mlp = anatomy.mlps.get((stack, block))
+            experts = anatomy.experts.get((stack, block), ())
             described.append(
                 {
                     "stack": stack,
@@ -112,7 +113,17 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
                     },
-                    "no_growth": anatomy.no_growth.get((stack, block)) or (mlp and packed),
+                    "experts": [
+                        {
+                            "kind": expert.kind,
+                            "width": expert.width,
+                            "stacked": expert.down.experts,
+                            "tensors": list(expert.tensors),
+                        }
+                        for expert in experts
+                    ],
+                    "no_growth": anatomy.no_growth.get((stack, block))
+                    or ((mlp or experts) and packed),
                 }
             )
     return described
@@ -166,22 +177,36 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     for block in blocks:
         mlp = block["mlp"] or {}
         look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"))
-        key = (block["stack"], block["parameters"], *look, block["no_growth"])
+        experts = _experts(block["experts"])
+        key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
         alike.setdefault(key, []).append(block["block"])
     made = table(
         "stack", "blocks", "parameters each", "MLP width", "MLP", "stored", "grow",
         left=("stack", "blocks", "MLP", "stored", "grow"),
     )  # fmt: skip
     made.columns[-1].no_wrap = False
-    for (stack, parameters, width, gated, fused, layout, reason), numbers in alike.items():
+    for (
+        (stack, parameters, width, gated, fused, layout, experts, reason),
+        numbers,
+    ) in alike.items():
         kind = "gated" if gated else "plain"
+        kind = f"{kind}, fused" if fused else kind if width else ""
+        mlps = "; ".join(filter(None, (kind, experts)))
         made.add_row(
             stack,
             block_ranges(numbers),
             count(parameters),
             f"{width:,}" if width else "",
-            f"{kind}, fused" if fused else kind if width else "none recognised",
+            mlps or "none recognised",
             layout or "",
-            reason or ("yes" if width else "no"),
+            reason or ("yes" if mlps else "no"),
         )
     return made
+
+
+def _experts(experts: list[dict[str, Any]]) -> str:
+    """ "128 routed of 768, 1 shared of 1,024"."""
+    numbers: Counter[tuple[str, int]] = Counter()
+    for expert in experts:
+        numbers[expert["kind"], expert["width"]] += expert["stacked"] or 1
+    return ", ".join(f"{n:,} {kind} of {width:,}" for (kind, width), n in numbers.items())

@@ -69,6 +69,9 @@ def print_verification(verification: Verification) -> None:
         if logits.kl_mean is not None and logits.top1 is not None:
             rows.add_row("", "", f"KL mean {logits.kl_mean:.2g}, max {logits.kl_max:.2g} nats")
             rows.add_row("", "", f"the same first choice on {logits.top1:.1%} of the tokens")
+        if logits.experts is not None:
+            reached, experts = logits.experts
+            rows.add_row("", "", f"through {reached:,} of {experts:,} routed experts")
         if logits.first_departure is not None:
             rows.add_row("", "", f"first block to depart: {logits.first_departure}")
         if logits.uninitialised:

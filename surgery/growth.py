@@ -7,7 +7,8 @@ keeps and a trainer reads.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import MLP, Projection
@@ -32,46 +33,57 @@ class Growth:
     padding: int = 0
 
     def sources(self) -> numpy.ndarray:
-        """s(j) for every neuron j of p', int64; -1 for padding."""
-        import numpy
-
-        pieces = [numpy.arange(start, stop) for start, stop in ((0, self.mlp.width), *self.copied)]
-        return numpy.concatenate([*pieces, numpy.full(self.padding, -1)]).astype(numpy.int64)
+        """s(j) for every neuron j of p', int64; -1 for padding. Growths that are alike share it:
+        it is read, and not written to."""
+        return source_neurons(self.mlp.width, self.copied, self.padding)
 
     def shares(self) -> tuple[numpy.ndarray, numpy.ndarray]:
         """For every neuron which of its source's copies it is, counted from 0, and how many
-        there are; (0, 0) for padding. int64."""
-        import numpy
+        there are; (0, 0) for padding. int64, shared as `sources` is."""
+        return copy_numbers(self.mlp.width, self.copied, self.padding)
 
-        sources = self.sources()
-        real = sources[sources >= 0]
-        copies = numpy.bincount(real, minlength=self.mlp.width)[real]
-        order = numpy.argsort(real, kind="stable")
-        first = numpy.searchsorted(real[order], real[order])
-        ordinals = numpy.empty_like(real)
-        ordinals[order] = numpy.arange(len(real)) - first
-        nothing = numpy.zeros(self.padding, dtype=numpy.int64)
-        return numpy.concatenate([ordinals, nothing]), numpy.concatenate([copies, nothing])
+    def runs(self, projection: Projection) -> tuple[tuple[int | None, int, int], ...]:
+        """What lies along the axis of a projection, all experts below each other: runs of the
+        old indices as (0, start, stop), and of padding as (None, 0, how many)."""
+        runs: list[tuple[int | None, int, int]] = []
+        for start, step in self._pieces(projection, self.mlp.width):
+            for first, last in ((0, self.mlp.width), *self.copied):
+                runs.append((0, start + first * step, start + last * step))
+            if self.padding:
+                runs.append((None, 0, self.padding * step))
+        return tuple(runs)
 
-    def new_ranges(self, projection: Projection, bias: bool = False) -> tuple[int, Ranges]:
-        """The axis of this projection's weight (or bias) that grew, and the new indices on it."""
-        axis = 0 if bias else int((projection is self.mlp.down) != projection.in_out)
+    def _pieces(self, projection: Projection, width: int) -> list[tuple[int, int]]:
+        """Where each piece of the axis begins in which neurons follow each other, and how many
+        indices a neuron takes there."""
+        parts, experts = projection.parts, projection.experts or 1
+        if projection.interleaved:
+            return [(expert * parts * width, parts) for expert in range(experts)]
+        return [(piece * width, 1) for piece in range(experts * parts)]
+
+    def shape(self, shape: tuple[int, ...], axis: int) -> tuple[int, ...]:
+        """The grown shape of a tensor whose neurons lie along `axis`."""
+        size = shape[axis] // self.mlp.width * self.width
+        return (*shape[:axis], size, *shape[axis + 1 :])
+
+    def new_ranges(self, projection: Projection) -> Ranges:
+        """The new indices along the axis of this projection's weight (or bias) that grew."""
+        one = projection if projection.flat else replace(projection, experts=None)
         p, wide = self.mlp.width, self.width
-        return axis, tuple((part * wide + p, (part + 1) * wide) for part in range(projection.parts))
+        pieces = self._pieces(one, wide)
+        return tuple((start + p * step, start + wide * step) for start, step in pieces)
 
     def as_json(self) -> dict[str, Any]:
         """Plain data for the record. `tensors` has what a trainer needs for its masks."""
-        named = [(up.weight, up, False) for up in self.mlp.ups]
-        named += [(up.bias, up, True) for up in self.mlp.ups if up.bias]
-        named.append((self.mlp.down.weight, self.mlp.down, False))
         tensors = {}
-        for name, projection, bias in named:
-            axis, new = self.new_ranges(projection, bias)
+        for name, projection, axis in self.mlp.axes():
+            new = [list(pair) for pair in self.new_ranges(projection)]
             role = "down" if projection is self.mlp.down else "up"
-            tensors[name] = {"role": role, "axis": axis, "new": [list(pair) for pair in new]}
+            tensors[name] = {"role": role, "axis": axis, "new": new}
         return {
             "stack": self.mlp.stack,
             "block": self.mlp.block,
+            "kind": self.mlp.kind,
             "width": [self.mlp.width, self.width],
             "copied": [list(pair) for pair in self.copied],
             "padding": self.padding,
@@ -79,16 +91,40 @@ class Growth:
         }
 
 
-def growths_of(
-    record: Iterable[Mapping[str, Any]], mlps: Mapping[tuple[str, int], MLP]
-) -> list[Growth]:
-    """The growths as a record tells them, on the MLPs that `mlps` found in the base.
+@lru_cache(maxsize=32)  # a mixture has thousands of experts that grow alike
+def source_neurons(width: int, copied: Ranges, padding: int) -> numpy.ndarray:
+    """`Growth.sources` of any MLP of this width."""
+    import numpy
+
+    pieces = [numpy.arange(start, stop) for start, stop in ((0, width), *copied)]
+    return numpy.concatenate([*pieces, numpy.full(padding, -1)]).astype(numpy.int64)
+
+
+@lru_cache(maxsize=32)
+def copy_numbers(width: int, copied: Ranges, padding: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """`Growth.shares` of any MLP of this width."""
+    import numpy
+
+    sources = source_neurons(width, copied, padding)
+    real = sources[sources >= 0]
+    copies = numpy.bincount(real, minlength=width)[real]
+    order = numpy.argsort(real, kind="stable")
+    first = numpy.searchsorted(real[order], real[order])
+    ordinals = numpy.empty_like(real)
+    ordinals[order] = numpy.arange(len(real)) - first
+    nothing = numpy.zeros(padding, dtype=numpy.int64)
+    return numpy.concatenate([ordinals, nothing]), numpy.concatenate([copies, nothing])
+
+
+def growths_of(record: Iterable[Mapping[str, Any]], mlps: Iterable[MLP]) -> list[Growth]:
+    """The growths as a record tells them, on `mlps`, those of the base.
 
     Raises KeyError, TypeError or ValueError if the record isn't one of ours or of another base.
     """
     growths = []
+    by_tensors = {frozenset(mlp.tensors): mlp for mlp in mlps}
     for entry in record:
-        mlp = mlps[entry["stack"], entry["block"]]
+        mlp = by_tensors[frozenset(entry["tensors"])]
         old, new = entry["width"]
         copied = tuple((int(start), int(stop)) for start, stop in entry["copied"])
         growth = Growth(mlp, int(new), copied, int(entry["padding"]))

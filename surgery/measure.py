@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from surgery.anatomy import MLP
+from surgery.anatomy import MLP, Projection
 from surgery.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -22,28 +22,40 @@ def neuron_norms(checkpoint: Checkpoint, mlp: MLP) -> torch.Tensor:
     """||incoming|| * ||outgoing|| of every hidden neuron, float64 of shape (p,).
 
     Incoming is the neuron's row of the up projection (of gate and up together in a gated MLP),
-    outgoing its column of the down projection.
+    outgoing its column of the down projection. Of experts in one tensor it is the root of the
+    sum of squares over the experts.
     """
     import torch
 
-    incoming = torch.zeros(mlp.width, dtype=torch.float64)
+    experts = mlp.down.experts or 1
+    incoming = torch.zeros(experts, mlp.width, dtype=torch.float64)
     for up in mlp.ups:
-        squares = _squares(checkpoint, up.weight, axis=int(up.in_out))
-        incoming += squares.reshape(up.parts, mlp.width).sum(0)
-    outgoing = _squares(checkpoint, mlp.down.weight, axis=int(not mlp.down.in_out))
-    return (incoming * outgoing).sqrt_()
+        squares = _squares(checkpoint, up, rows=not up.in_out)
+        if up.interleaved:
+            incoming += squares.reshape(experts, mlp.width, up.parts).sum(2)
+        else:
+            incoming += squares.reshape(experts, up.parts, mlp.width).sum(1)
+    outgoing = _squares(checkpoint, mlp.down, rows=mlp.down.in_out)
+    return (incoming * outgoing).sum(0).sqrt_()
 
 
-def _squares(checkpoint: Checkpoint, name: str, axis: int) -> torch.Tensor:
-    """The sum of squares of every row (axis 0) or column (axis 1) of a matrix, in float64."""
+def _squares(checkpoint: Checkpoint, projection: Projection, *, rows: bool) -> torch.Tensor:
+    """The sum of squares of every row, or of every column, of each expert's matrix, float64 of
+    shape (experts, rows or columns)."""
     import torch
 
-    tensor = checkpoint[name]
-    total = torch.zeros(tensor.shape[axis], dtype=torch.float64)
-    for start, stop in tensor.blocks(BLOCK_ELEMENTS):
-        squares = tensor.read(start, stop).to(torch.float64).square_()
-        if axis == 0:
-            total[start:stop] = squares.sum(1)
-        else:
-            total += squares.sum(0)
+    tensor = checkpoint[projection.weight]
+    experts = projection.experts or 1
+    height = tensor.rows // experts
+    total = torch.zeros(experts, height if rows else tensor.width, dtype=torch.float64)
+    step = max(1, BLOCK_ELEMENTS // max(1, tensor.width)) if tensor.streams else height
+    for expert in range(experts):
+        for start in range(0, height, step):
+            stop = min(start + step, height)
+            block = tensor.read(expert * height + start, expert * height + stop)
+            squares = block.to(torch.float64).square_()
+            if rows:
+                total[expert, start:stop] = squares.sum(1)
+            else:
+                total[expert] += squares.sum(0)
     return total

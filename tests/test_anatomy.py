@@ -144,20 +144,18 @@ QWEN = (
     "Qwen3MoeConfig",
     MOE | {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 8, "decoder_sparse_step": 1},
 )
-REFUSED = "can't be grown: it is a mixture of experts, whose growth isn't there yet"
 
 
 @pytest.mark.parametrize("model", [MIXTRAL, QWEN], ids=["mixtral", "qwen3_moe"])
-def test_mixtures_are_refused_by_name(model: tuple[str, str, dict[str, Any]], tmp_path: Path):
-    base = open_checkpoint(save(tmp_path / "base", *model))
-    assert base.anatomy.mlps == {}
-    with pytest.raises(UnsupportedError) as caught:
-        grow(base)
-    assert list(caught.value.problems) == [f"model.layers.{n} {REFUSED}" for n in range(3)]
-    with pytest.raises(UnsupportedError) as caught:
-        grow(base, layers="-1")
-    assert list(caught.value.problems) == [f"model.layers.2 {REFUSED}"]
-    roles = [place.role for name, place in base.anatomy.places.items() if ".experts." in name]
+def test_every_expert_is_an_mlp(model: tuple[str, str, dict[str, Any]], tmp_path: Path):
+    anatomy = open_checkpoint(save(tmp_path / "base", *model)).anatomy
+    assert anatomy.mlps == {}
+    assert anatomy.no_growth == {}
+    assert {key: len(mlps) for key, mlps in anatomy.experts.items()} == {
+        ("model.layers", block): 4 for block in range(3)
+    }
+    assert {mlp.kind for mlp in anatomy.every_mlp} == {"routed"}
+    roles = [place.role for name, place in anatomy.places.items() if ".experts." in name]
     assert len(roles) == 3 * 4 * 3
     assert set(roles) == {Role.EXPERT}
 
@@ -205,6 +203,20 @@ def test_a_norm_over_the_hidden_activation_is_refused(tmp_path: Path):
         f"follows the MLP's width of 88"
         for block in (0, 2)
     ]
+
+
+def test_a_norm_over_the_hidden_activation_is_refused_where_that_is_the_hidden_size(tmp_path: Path):
+    family = FAMILIES["llama"]
+    narrow = save(
+        tmp_path / "narrow", family.model, family.config, family.options | {"intermediate_size": 32}
+    )
+    name = "model.layers.1.mlp.ffn_sub_norm.weight"
+    base = variant(tmp_path / "base", narrow, load(narrow) | {name: torch.ones(32)})
+    with pytest.raises(UnsupportedError) as caught:
+        grow(open_checkpoint(base))
+    assert caught.value.problems == (
+        f"model.layers.1 can't be grown: {name} follows the MLP's width of 32",
+    )
 
 
 def test_matrices_that_can_t_be_told_apart_are_named(tmp_path: Path):

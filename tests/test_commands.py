@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from hub_standin import Hub, hub  # noqa: F401  (a fixture)
+from mixtures import build_mixture
 from surgery.commands.main import app
 from typer.testing import CliRunner, Result
 
@@ -101,6 +102,19 @@ def test_grow_verifies_writes_and_verify_agrees(make_model: Make, tmp_path: Path
     again = surgery("verify", base, out, "--json")
     assert again.exit_code == 0
     assert json.loads(again.stdout)["certificate"]["failures"] == []
+
+
+def test_experts_are_grown_by_kind_and_shown(tmp_path: Path) -> None:
+    base, out = build_mixture("qwen2_moe"), tmp_path / "out"
+    result = surgery("grow", base, "-o", out, "--experts", "routed", "--factor", "1.25")
+    assert result.exit_code == 0, result.output
+    assert "routed experts" in result.stdout
+    assert "through 8 of 8 routed experts" in result.stdout
+    assert "rows that aren't multiples of 16 bytes" in result.stderr  # 30 in float32
+    shown = surgery("inspect", out)
+    assert "4 routed of 30, 1 shared of 40" in " ".join(shown.stdout.split())
+    refused = surgery("grow", base, "-o", tmp_path / "none", "--experts", "some")
+    assert refused.exit_code == 2
 
 
 def test_a_failed_proof_writes_nothing(

@@ -6,12 +6,13 @@ reported and copied byte for byte.
 
 from surgery.anatomy.corrections import Corrections, MLPCorrection
 from surgery.anatomy.infer import Anatomy, infer
-from surgery.anatomy.mlp import MLP, Projection
+from surgery.anatomy.mlp import MLP, Kind, Projection
 from surgery.anatomy.places import Place, Role
 from surgery.anatomy.tying import settled_config, untied_config
 
 __all__ = [
     "MLP",
+    "Kind",
     "Anatomy",
     "Corrections",
     "MLPCorrection",

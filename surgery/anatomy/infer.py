@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.anatomy.corrections import Corrections
+from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.hidden import hidden_sizes
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role, find_places
@@ -28,8 +29,9 @@ NOTHING = Corrections()
 class Anatomy:
     """What the tensors of a checkpoint are.
 
-    `stacks` maps the prefix of each list of blocks to its length L. `mlps` are those that were
-    understood; `no_growth` says, for a (stack, block) whose MLP can't be grown, why.
+    `stacks` maps the prefix of each list of blocks to its length L. `mlps` are the plain ones
+    that were understood, `experts` those of mixtures; `no_growth` says, for a (stack, block)
+    whose MLPs can't be grown, why.
     """
 
     places: Mapping[str, Place]
@@ -41,6 +43,14 @@ class Anatomy:
     tied: bool
     """Whether the head is the embedding: the config says so, or there is no head of its own."""
     notes: tuple[str, ...]
+    experts: Mapping[tuple[str, int], tuple[MLP, ...]] = field(default_factory=dict)
+
+    @property
+    def every_mlp(self) -> list[MLP]:
+        """The plain MLPs and the experts, in the order of the blocks."""
+        keys = dict.fromkeys(sorted((*self.mlps, *self.experts)))
+        plain = {key: (mlp,) for key, mlp in self.mlps.items()}
+        return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
 
     @property
     def unrecognised(self) -> list[str]:
@@ -62,17 +72,26 @@ def infer(
     hidden = first(part, HIDDEN_KEYS)
     if hidden is None and embedding is not None:
         hidden = tensors[embedding].shape[-1]
-    mlps, no_growth = _mlps(
-        tensors, places, hidden_sizes(tensors, places, hidden), _all_widths(config)
-    )
+    in_blocks = _in_blocks(tensors, places)
+    sizes = hidden_sizes(tensors, places, hidden)
+    experts = _experts(in_blocks, places, sizes, part)
+    mlps, no_growth = _mlps(tensors, places, sizes, _all_widths(config), experts)
     corrections.put_mlps(tensors, places, mlps, no_growth)
+    for key in (name for found in experts.values() for name in found.tensors):
+        if places[key].role is Role.UNKNOWN:
+            places[key] = replace(places[key], role=Role.EXPERT)
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
                 places[name] = replace(places[name], role=Role.MLP)
     head = _head(tensors, places, embedding)
     tied, notes = _tying(config, embedding, head)
-    return Anatomy(places, stacks, mlps, no_growth, embedding, head, tied, notes)
+    mixtures = {
+        key: tuple(found.mlps)
+        for key, found in experts.items()
+        if found.mlps and key not in no_growth
+    }
+    return Anatomy(places, stacks, mlps, no_growth, embedding, head, tied, notes, mixtures)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -104,23 +123,63 @@ def _all_widths(config: Mapping[str, Any]) -> set[int]:
     return widths
 
 
+def _in_blocks(
+    tensors: Mapping[str, LazyTensor], places: Mapping[str, Place]
+) -> dict[tuple[str, int], dict[str, LazyTensor]]:
+    blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
+    for name, place in places.items():
+        if place.stack is not None and place.block is not None:
+            blocks[place.stack, place.block][name] = tensors[name]
+    return blocks
+
+
+def _experts(
+    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
+    places: Mapping[str, Place],
+    hidden: Mapping[tuple[str, int], int | None],
+    config: Mapping[str, Any],
+) -> dict[tuple[str, int], Experts]:
+    """The experts of every block that has some."""
+    found = {}
+    for key, block in blocks.items():
+        roles = (Role.UNKNOWN, Role.EXPERT)
+        inside = {name: tensor for name, tensor in block.items() if places[name].role in roles}
+        if (size := hidden[key]) is None:
+            continue
+        experts = find_experts(*key, inside, size, config)
+        left = [
+            name
+            for name in inside
+            if places[name].role is Role.EXPERT and name not in experts.tensors
+            if "attention" not in name and left_over(name, inside[name])
+        ]
+        if left:
+            experts.problems.append(f"what {', '.join(sorted(left))} does isn't known")
+        if left or any(mlp.kind == "routed" for mlp in experts.mlps) or experts.problems:
+            found[key] = experts  # what is shared by no others is a plain MLP
+    return found
+
+
 def _mlps(
     tensors: Mapping[str, LazyTensor],
     places: Mapping[str, Place],
     hidden: Mapping[tuple[str, int], int | None],
     widths: set[int],
+    experts: Mapping[tuple[str, int], Experts],
 ) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
     blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
     stacks: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
-    mixtures: set[tuple[str, int]] = set()
+    routed: set[tuple[str, int]] = set()
     for name, place in places.items():
         if place.stack is None or place.block is None:
             continue
+        key = (place.stack, place.block)
         stacks[place.stack][name] = tensors[name]
-        if place.role in (Role.UNKNOWN, Role.NORM, Role.MLP):
-            blocks[place.stack, place.block][name] = tensors[name]
-        elif place.role in (Role.EXPERT, Role.ROUTER):
-            mixtures.add((place.stack, place.block))
+        if place.role is Role.ROUTER:
+            routed.add(key)
+        taken = experts[key].tensors if key in experts else set()
+        if place.role in (Role.UNKNOWN, Role.NORM, Role.MLP) and name not in taken:
+            blocks[key][name] = tensors[name]
     in_out = {stack: stores_in_out(inside) for stack, inside in stacks.items()}
     mlps: dict[tuple[str, int], MLP] = {}
     no_growth: dict[tuple[str, int], str] = {}
@@ -131,13 +190,17 @@ def _mlps(
             continue
         mlp = find_mlp(*key, block, size, widths, in_out[key[0]])
         if isinstance(mlp, str):
-            no_growth[key] = mlp
+            if key not in experts:  # beside experts it stays as it is
+                no_growth[key] = mlp
         elif mlp is not None:
             mlps[key] = mlp
             if others := follows_width(mlp, block):
                 no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
-    for key in mixtures:
-        no_growth[key] = "it is a mixture of experts, whose growth isn't there yet"
+    lost = routed - experts.keys() - mlps.keys()
+    no_growth |= dict.fromkeys(lost, "it is a mixture whose experts weren't found")
+    for key, found in experts.items():
+        if found.problems:
+            no_growth[key] = "its experts aren't understood: " + "; ".join(found.problems)
     return mlps, no_growth
 
 

@@ -7,10 +7,19 @@ width back to the hidden size, whatever it is called.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING, Literal
 
 from surgery.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    import numpy
+
+
+Kind = Literal["dense", "routed", "shared"]
+"""Plain, or an expert of a mixture: one that tokens are routed to, or one that all go through."""
 
 
 @dataclass(frozen=True)
@@ -18,21 +27,48 @@ class Projection:
     """A matrix of an MLP, by its name, with its bias if it has one.
 
     `in_out` is True for GPT-2's Conv1D, stored (in, out); torch's Linear is (out, in). `parts`
-    is 2 where gate and up are stacked in one matrix, gate first.
+    is 2 where gate and up lie in one matrix: gate first, then up, or, if `interleaved`, the two
+    rows (or columns) of a neuron beside each other. `experts` is their number where a tensor
+    holds those of a layer along a first axis, or, if `flat`, below each other in one matrix.
     """
 
     weight: str
     bias: str | None = None
     in_out: bool = False
     parts: int = 1
+    interleaved: bool = False
+    experts: int | None = None
+    flat: bool = False
+
+    def axis(self, *, down: bool, bias: bool = False) -> int:
+        """The axis of the weight (or bias) along which the neurons lie."""
+        stacked = int(self.experts is not None and not self.flat)
+        return stacked + int(not bias and down != self.in_out)
+
+    def indices(self, neurons: numpy.ndarray, width: int, *, below: bool = False) -> numpy.ndarray:
+        """Where these neurons, of `width`, lie along the axis: part by part in the order given,
+        and -1 where that was given. With `below` all experts are rows of one matrix, else they
+        are alike."""
+        import numpy
+
+        parts = numpy.arange(self.parts)
+        if self.interleaved:
+            found = neurons[:, None] * self.parts + parts
+            kept = numpy.repeat(neurons, self.parts) >= 0
+        else:
+            found = parts[:, None] * width + neurons
+            kept = numpy.tile(neurons, self.parts) >= 0
+        offsets = numpy.arange((self.experts or 1) if below else 1) * self.parts * width
+        whole = offsets[:, None] + found.reshape(-1)
+        return numpy.where(kept, whole, -1).reshape(-1)
 
 
 @dataclass(frozen=True)
 class MLP:
-    """The MLP of one block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
+    """An MLP of a block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     `ups` are the projections into the hidden activation (gate and up, or one), `width` is its
-    size p, `hidden` the size of x.
+    size p, `hidden` the size of x. Experts that are stacked in one tensor are one MLP here.
     """
 
     stack: str
@@ -41,6 +77,7 @@ class MLP:
     down: Projection
     width: int
     hidden: int
+    kind: Kind = "dense"
 
     @property
     def gated(self) -> bool:
@@ -49,11 +86,21 @@ class MLP:
     @property
     def tensors(self) -> tuple[str, ...]:
         """The names of the tensors that widen with the MLP (all but the bias of `down`)."""
-        ups = [name for up in self.ups for name in (up.weight, up.bias) if name]
-        return (*ups, self.down.weight)
+        return tuple(name for name, _, _ in self.axes())
+
+    def axes(self) -> Iterator[tuple[str, Projection, int]]:
+        """Every tensor that widens, its projection, and the axis along which its neurons lie."""
+        for up in self.ups:
+            yield up.weight, up, up.axis(down=False)
+            if up.bias is not None:
+                yield up.bias, up, up.axis(down=False, bias=True)
+        yield self.down.weight, self.down, self.down.axis(down=True)
 
 
-_DOWN = re.compile(r"(^|[._])(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|wo|output|down)([._]|$)")
+INTERLEAVED_NAME = re.compile(r"(^|[._])w13_(weight|dn)")
+"""Inkling's fused matrices, which have gate and up neuron by neuron."""
+
+DOWN = re.compile(r"(^|[._])(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|wo|output|down)([._]|$)")
 
 
 def find_mlp(
@@ -63,6 +110,7 @@ def find_mlp(
     hidden: int,
     widths: set[int],
     in_out: bool,
+    kind: Kind = "dense",
 ) -> MLP | str | None:
     """The MLP among the tensors of one block that are neither attention nor norm.
 
@@ -83,7 +131,7 @@ def find_mlp(
     ups: dict[str, int] = {}
     for name, tensor in matrices.items():
         rows, columns = reversed(tensor.shape) if by_bias.get(name, in_out) else tensor.shape
-        named_down = bool(_DOWN.search(name.rpartition(".")[0]))
+        named_down = bool(DOWN.search(name.rpartition(".")[0]))
         if rows == columns:
             (downs if named_down else ups)[name] = columns
         elif rows == hidden:
@@ -91,18 +139,27 @@ def find_mlp(
         else:
             ups[name] = rows
     candidates = [name for name, width in downs.items() if width in widths] or list(downs)
+    named = [name for name in candidates if DOWN.search(name.rpartition(".")[0])]
+    if len(named) == 1 and sum(map(named[0].startswith, map(_parent, candidates))) == 1:
+        candidates = named  # the others are in other modules: a Mamba's output of that width
     if len(candidates) != 1:
         return f"can't tell which of {', '.join(sorted(matrices))} is the down projection"
     down = candidates[0]
     width = downs[down]
-    chosen = [name for name, rows in ups.items() if rows in (width, 2 * width)]
+    chosen = _ups_of(down, [name for name, rows in ups.items() if rows in (width, 2 * width)])
     fused = [name for name in chosen if ups[name] == 2 * width]
     if not 1 <= len(chosen) <= 2 or (fused and len(chosen) != 1):
         return f"no up projection of width {width:,} goes with {down}"
 
     def projection(name: str, parts: int = 1) -> Projection:
         bias = _bias_name(name)
-        return Projection(name, bias if bias in tensors else None, by_bias.get(name, in_out), parts)
+        return Projection(
+            name,
+            bias if bias in tensors else None,
+            by_bias.get(name, in_out),
+            parts,
+            interleaved=parts == 2 and bool(INTERLEAVED_NAME.search(name)),
+        )
 
     return MLP(
         stack=stack,
@@ -111,6 +168,7 @@ def find_mlp(
         down=projection(down),
         width=width,
         hidden=hidden,
+        kind=kind,
     )
 
 
@@ -125,13 +183,37 @@ def stores_in_out(tensors: Mapping[str, LazyTensor]) -> bool:
 
 
 def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
-    """Other tensors of the block with an axis of the MLP's width: growing would break them."""
+    """Other tensors with an axis of the MLP's width, in the MLP's own module (in the block, where
+    it has none): growing would break them. Where the width is the hidden size too, matrices say
+    nothing, and vectors outside that module neither."""
     known = set(mlp.tensors) | {mlp.down.bias}
+    own = _module(f"{mlp.stack}.{mlp.block}.", mlp.tensors)
     return [
         name
         for name, tensor in tensors.items()
-        if name not in known and mlp.width in tensor.shape and mlp.width != mlp.hidden
+        if name not in known and mlp.width in tensor.shape and name.startswith(own)
+        if mlp.width != mlp.hidden or (own and len(tensor.shape) == 1)
     ]
+
+
+def _module(block: str, names: Iterable[str]) -> str:
+    """The module that these tensors of a block have in common, with a dot behind it; "" for the
+    block itself."""
+    shared = takewhile(
+        lambda parts: len(set(parts)) == 1, zip(*(n.split(".") for n in names), strict=False)
+    )
+    module = "".join(f"{parts[0]}." for parts in shared)
+    return module if len(module) > len(block) else ""
+
+
+def _ups_of(down: str, candidates: list[str]) -> list[str]:
+    """Those of the candidates that are in the module of the down projection, if any is."""
+    return [name for name in candidates if name.startswith(_parent(down))] or candidates
+
+
+def _parent(weight: str) -> str:
+    """The module that a projection is in, with a dot behind it."""
+    return weight.removesuffix(".weight").rpartition(".")[0] + "."
 
 
 def _bias_name(weight: str) -> str:

@@ -61,6 +61,21 @@ def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
     )
 
 
+def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `save_pretrained` would write for this config, by the names
+    that it would give them."""
+    import torch
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def build() -> dict[str, torch.Tensor]:
+        with torch.device("meta"), quiet():
+            model = model_class(config)(build_config(config))
+            return dict(revert_weight_conversion(model, model.state_dict()))
+
+    tensors = _or_refuse(config, build)
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
 def head_name(config: Mapping[str, Any]) -> str | None:
     """The name of the head that the stock class ties to the embedding, if it has one."""
     tied = getattr(model_class(config), "_tied_weights_keys", None) or {}

@@ -6,28 +6,31 @@ and the outgoing weights of each are split among its copies (see kernels/split.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
-from functools import partial
 from math import ceil, isfinite
-from typing import Literal
+from typing import Any, Literal
 
-from surgery.anatomy import MLP, Projection
+from surgery.anatomy import MLP
+from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
 from surgery.operations.layers import as_ranges, parse_layers
+from surgery.operations.neurons import grown_tensors
 from surgery.operations.pairs import check_unquantized
 from surgery.operations.widths import widened_config
-from surgery.tensor import LazyTensor, gather
-from surgery.values import noise, table, zeros
+from surgery.tensor import LazyTensor
+from surgery.values import noise
 
 Choose = Literal["first", "random", "norm"]
-MANY_RUNS = 64
-"""Runs of copied columns beyond which one lookup of all columns is faster than a slice each."""
 WIDEST = 1 << 24
 """Neurons; the widest MLPs that there are have some hundred thousand."""
+ExpertKind = Literal["all", "routed", "shared"]
+KERNEL_BYTES = 16
+"""Rows of experts have to be a multiple of this for transformers' default kernel."""
 
 
 def grow(
@@ -36,6 +39,7 @@ def grow(
     factor: float | None = None,
     width: int | None = None,
     layers: str = "all",
+    experts: ExpertKind = "all",
     multiple_of: int = 1,
     choose: Choose = "first",
     symmetry_break: float = 0.0,
@@ -52,21 +56,25 @@ def grow(
     the shards, which is added; with `uniform` the other layers are padded with zero neurons
     instead, so that any loader can read the result.
 
+    In a mixture every expert grows, routed and shared, and plain layers too; `experts` takes
+    the "routed" or the "shared" ones alone. Experts that lie in one tensor copy the same neurons.
+    A shared MLP that is as wide as several routed experts together stays so.
+
     Raises ArgumentError or UnsupportedError before any tensor is written. Only `choose="norm"`
     reads tensors here.
     """
-    _check_arguments(base, factor, width, multiple_of, choose, symmetry_break)
+    _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break)
     check_unquantized(base=base)
-    mlps = _chosen(base, layers)
+    mlps = _chosen(base, layers, experts)
+    widths = _new_widths(base, mlps, factor, width, multiple_of)
     growths = [
-        _growth(base, mlp, _new_width(mlp, factor, width, multiple_of), choose, seed)
-        for mlp in mlps
+        _growth(base, mlp, wide, choose, seed) for mlp, wide in zip(mlps, widths, strict=True)
     ]
     if uniform:
         growths = _padded(base, growths)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
-        tensors |= _grown_tensors(base, growth, symmetry_break, seed)
+        tensors |= grown_tensors(base, growth, symmetry_break, seed)
     config, companions = widened_config(base, growths)
     edit = Edit(
         "grow",
@@ -74,6 +82,7 @@ def grow(
             "factor": factor if width is not None or factor is not None else 2.0,
             "width": width,
             "layers": layers,
+            **({} if experts == "all" else {"experts": experts}),
             "multiple_of": multiple_of,
             "choose": choose,
             "symmetry_break": symmetry_break,
@@ -83,13 +92,30 @@ def grow(
         {"base": base.source},
         {"mlps": [growth.as_json() for growth in growths]},
     )
-    return base.edited(edit, tensors, config, companions)
+    return base.edited(edit, tensors, config, companions, notes=_notes(base, growths))
+
+
+def _notes(base: Checkpoint, growths: Sequence[Growth]) -> tuple[str, ...]:
+    """Widths of experts that transformers' default kernel for them refuses."""
+    odd = set()
+    for growth in growths:
+        dtype = base[growth.mlp.down.weight].dtype
+        per_row = 8 * KERNEL_BYTES // dtype.bits
+        if growth.mlp.kind == "routed" and growth.width % per_row:
+            odd.add((growth.width, dtype.name, per_row))
+    return tuple(
+        f"experts of width {width:,} in {dtype} have rows that aren't multiples of "
+        f"{KERNEL_BYTES} bytes, which transformers' default kernel (grouped_mm) refuses: load with "
+        f"experts_implementation='eager', or grow with multiple_of={per_row}"
+        for width, dtype, per_row in sorted(odd)
+    )
 
 
 def _check_arguments(
     base: Checkpoint,
     factor: float | None,
     width: int | None,
+    experts: str,
     multiple_of: int,
     choose: str,
     symmetry_break: float,
@@ -99,6 +125,8 @@ def _check_arguments(
         problems.append("give either factor or width, not both")
     if factor is not None and not (isfinite(factor) and factor > 1):
         problems.append(f"factor is {factor}, and has to be above 1: growth adds neurons")
+    if experts not in ("all", "routed", "shared"):
+        problems.append(f"experts is {experts!r}, and has to be 'all', 'routed' or 'shared'")
     if multiple_of < 1:
         problems.append(f"multiple_of is {multiple_of}, and has to be at least 1")
     if choose not in ("first", "random", "norm"):
@@ -106,7 +134,7 @@ def _check_arguments(
     if not 0 <= symmetry_break < 0.5:
         problems.append(f"symmetry_break is {symmetry_break}, and has to be in [0, 0.5)")
     elif symmetry_break:
-        for mlp in base.anatomy.mlps.values():
+        for mlp in base.anatomy.every_mlp:
             dtype = base[mlp.down.weight].dtype
             if dtype.kind == "float" and symmetry_break < _resolution(dtype.name):
                 problems.append(
@@ -122,28 +150,60 @@ def _resolution(dtype: str) -> float:
     return {"BF16": 2**-7, "F16": 2**-10, "F32": 2**-23, "F64": 2**-52}[dtype]
 
 
-def _chosen(base: Checkpoint, layers: str) -> list[MLP]:
+def _chosen(base: Checkpoint, layers: str, experts: ExpertKind) -> list[MLP]:
     """The MLPs of the chosen layers. Raises with the reason for each that can't be grown."""
     anatomy = base.anatomy
-    stacks = sorted({stack for stack, _ in (*anatomy.mlps, *anatomy.no_growth)})
+    stacks = sorted({stack for stack, _ in (*anatomy.mlps, *anatomy.experts, *anatomy.no_growth)})
     if not stacks:
         raise UnsupportedError(
             f"{base.source.reference} has no MLP that was recognised: `surgery inspect` shows "
             f"what was found"
         )
+    by_block: dict[tuple[str, int], list[MLP]] = defaultdict(list)
+    for mlp in anatomy.every_mlp:
+        by_block[mlp.stack, mlp.block].append(mlp)
     chosen: list[MLP] = []
     refused: list[str] = []
     for stack in stacks:
         for block in parse_layers(layers, anatomy.stacks[stack]):
             where = f"{stack}.{block}"
+            wanted = [m for m in by_block[stack, block] if experts in ("all", m.kind)]
             if reason := anatomy.no_growth.get((stack, block)):
                 refused.append(f"{where} can't be grown: {reason}")
-            elif mlp := anatomy.mlps.get((stack, block)):
-                chosen.append(mlp)
-            elif layers.strip() != "all":
-                refused.append(f"{where} can't be grown: it has no MLP")
+            elif not wanted and layers.strip() != "all":
+                kind = "MLP" if experts == "all" else f"{experts} expert"
+                refused.append(f"{where} can't be grown: it has no {kind}")
+            chosen += wanted
     UnsupportedError.raise_if(refused)
+    if not chosen:
+        raise UnsupportedError(f"{base.source.reference} has no {experts} experts")
     return chosen
+
+
+def _new_widths(
+    base: Checkpoint,
+    mlps: Sequence[MLP],
+    factor: float | None,
+    width: int | None,
+    multiple_of: int,
+) -> list[int]:
+    """The new width of each MLP. DeepSeek's shared experts are one MLP, as wide as so many routed
+    ones as a key of the config says: it grows by as much, or the config couldn't tell."""
+    routed = {(mlp.stack, mlp.block): mlp for mlp in mlps if mlp.kind == "routed"}
+    shared = _shared_counts(base.config)
+    widths = []
+    for mlp in mlps:
+        one = routed.get((mlp.stack, mlp.block)) if mlp.kind == "shared" else None
+        times = mlp.width // one.width if one is not None else 1
+        if one is not None and mlp.width == times * one.width and times in shared:
+            widths.append(times * _new_width(one, factor, width, multiple_of))
+        else:
+            widths.append(_new_width(mlp, factor, width, multiple_of))
+    return widths
+
+
+def _shared_counts(config: Mapping[str, Any]) -> set[int]:
+    return {v for k, v in text_config(config).items() if "shared_expert" in k and type(v) is int}
 
 
 def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: int) -> int:
@@ -186,105 +246,22 @@ def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int) -> 
 
 
 def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
-    """The growths, with zero neurons for every layer that is narrower than the widest of its
-    stack, whether it was to grow or not."""
-    chosen = {(growth.mlp.stack, growth.mlp.block): growth for growth in growths}
-    stacks = {growth.mlp.stack for growth in growths}
+    """The growths, with zero neurons for every MLP that is narrower than the widest of its kind
+    and stack, whether it was to grow or not."""
+    chosen = {growth.mlp: growth for growth in growths}
+    kinds = {(growth.mlp.stack, growth.mlp.kind) for growth in growths}
     everything = [
-        chosen.get(key) or Growth(mlp, mlp.width, ())
-        for key, mlp in base.anatomy.mlps.items()
-        if mlp.stack in stacks
+        chosen.get(mlp) or Growth(mlp, mlp.width, ())
+        for mlp in base.anatomy.every_mlp
+        if (mlp.stack, mlp.kind) in kinds
     ]
-    most = {s: max(g.width for g in everything if g.mlp.stack == s) for s in stacks}
+    most: dict[tuple[str, str], int] = defaultdict(int)
+    for growth in everything:
+        kind = growth.mlp.stack, growth.mlp.kind
+        most[kind] = max(most[kind], growth.width)
     padded = []
     for growth in everything:
-        wide = most[growth.mlp.stack]
+        wide = most[growth.mlp.stack, growth.mlp.kind]
         if wide > growth.mlp.width:
             padded.append(replace(growth, width=wide, padding=wide - growth.width))
     return padded
-
-
-def _grown_tensors(
-    base: Checkpoint, growth: Growth, symmetry_break: float, seed: int
-) -> dict[str, LazyTensor]:
-    tensors = {}
-    for up in growth.mlp.ups:
-        tensors[up.weight] = (
-            _wider_columns(base[up.weight], growth)
-            if up.in_out
-            else _more_rows(base[up.weight], growth, up)
-        )
-        if up.bias is not None:
-            tensors[up.bias] = _more_rows(base[up.bias], growth, up)
-    down = growth.mlp.down
-    tensors[down.weight] = _split(base[down.weight], down, growth, symmetry_break, seed)
-    return tensors
-
-
-def _more_rows(tensor: LazyTensor, growth: Growth, up: Projection) -> LazyTensor:
-    """Rows 0 to p and the copied ones, for each of the stacked parts; then rows of zeros."""
-    p = growth.mlp.width
-    runs: list[tuple[int, int, int]] = []
-    for part in range(up.parts):
-        at = part * p
-        runs += [(0, at + start, at + stop) for start, stop in ((0, p), *growth.copied)]
-        if growth.padding:
-            runs.append((1, 0, growth.padding))
-    inputs: tuple[LazyTensor, ...] = (tensor,)
-    if growth.padding:
-        inputs += (zeros((growth.padding, *tensor.shape[1:]), tensor.dtype),)
-    return gather(inputs, tuple(runs), (up.parts * growth.width, *tensor.shape[1:]))
-
-
-def _wider_columns(tensor: LazyTensor, growth: Growth) -> LazyTensor:
-    import torch
-
-    from surgery.kernels.columns import take_columns
-
-    sources = torch.from_numpy(growth.sources())
-    return LazyTensor(
-        (tensor.shape[0], growth.width),
-        tensor.dtype,
-        inputs=(tensor,),
-        kernel=partial(take_columns, sources=sources),
-    )
-
-
-def _split(
-    tensor: LazyTensor, down: Projection, growth: Growth, symmetry_break: float, seed: int
-) -> LazyTensor:
-    """The down projection, with the weights of every source split among its copies."""
-    import torch
-
-    from surgery.kernels.split import Dyadic, split_columns, split_rows
-
-    ordinals, copies = growth.shares()
-    sources = growth.sources().clip(min=0)
-    draws = int(copies.max()) - 1 if symmetry_break else 0
-    draw = [noise(tensor.shape, seed, f"{down.weight}:{m}") for m in range(draws)]
-    if not down.in_out:
-        of_column = torch.from_numpy(ordinals), torch.from_numpy(copies)
-        p, dtype = growth.mlp.width, tensor.dtype.torch
-        runs = ((0, p), *growth.copied)
-        plain = not symmetry_break and len(runs) <= MANY_RUNS
-        kernel = partial(
-            split_columns,
-            sources=torch.from_numpy(sources),
-            ordinals=of_column[0],
-            copies=of_column[1],
-            symmetry_break=symmetry_break,
-            dyadic=Dyadic.plan(runs, *of_column, p, dtype) if plain else None,
-        )
-        shape = (tensor.shape[0], growth.width)
-        return LazyTensor(shape, tensor.dtype, inputs=(tensor, *draw), kernel=kernel)
-    shape = (growth.width, tensor.shape[1])
-    of_rows = tuple((0, start, stop) for start, stop in ((0, growth.mlp.width), *growth.copied))
-    if growth.padding:
-        of_rows += ((0, 0, 1),) * growth.padding  # any row: none of it is shared out
-    rows = [gather((source,), of_rows, shape) for source in (tensor, *draw)]
-    return LazyTensor(
-        shape,
-        tensor.dtype,
-        inputs=(rows[0], table(ordinals), table(copies), *rows[1:]),
-        kernel=partial(split_rows, symmetry_break=symmetry_break),
-    )

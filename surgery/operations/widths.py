@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, te
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
+from surgery.modeling.width_keys import NotComparableError, find_width_keys, with_values
 from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_map
 
 
@@ -26,10 +28,43 @@ def widened_config(
     config = without_auto_map(base.settled_config)
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
+    if base.anatomy.experts:
+        return _with_keys(base, config, growths), companions
     widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
     before = stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
     widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
+    alike = len(set(widths.values())) == 1 and len({stack for stack, _ in widths}) == 1
+    if alike and WIDTHS_KEY not in base.config:
+        with suppress(NotComparableError):  # what transformers doesn't know is told by its names
+            return _with_keys(base, config, growths), companions
     return settle_widths(base, config, companions, widths, before)
+
+
+def _with_keys(
+    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
+) -> dict[str, Any]:
+    """The config with the keys that give the grown tensors their shapes, and no others."""
+    have, wanted = {}, {}
+    for growth in growths:
+        for name, _, axis in growth.mlp.axes():
+            have[name] = base[name].shape
+            wanted[name] = growth.shape(base[name].shape, axis)
+    widths = {(growth.mlp.width, growth.width) for growth in growths}
+    found = find_width_keys(config, have, wanted, widths)
+    if found.values:
+        return with_values(config, found.values)
+    kinds = {mlp.kind for mlp in base.anatomy.every_mlp}
+    advice = "grow all layers alike, or pass --uniform"
+    if len(kinds) > 1:
+        advice += "; --experts all grows every kind"
+    harm = "".join(
+        f"; {'.'.join(key)} would change {name} too" for key, name in found.harmful.items()
+    )
+    said = ", ".join(f"{old:,} -> {new:,}" for old, new in sorted(widths))
+    raise UnsupportedError(
+        f"{base.source.reference}: no keys of config.json give these MLPs their new widths "
+        f"({said}) and leave the others{harm}: {advice}"
+    )
 
 
 def settle_widths(

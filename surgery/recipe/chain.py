@@ -215,6 +215,7 @@ class _Builder:
             factor=given.factor,
             width=given.width,
             layers=str(given.layers),
+            experts=given.experts,
             multiple_of=given.multiple_of,
             choose="first" if measured else given.choose,
             symmetry_break=given.break_symmetry,

@@ -107,6 +107,7 @@ class GrowArguments(Arguments):
     factor: float | None = None
     width: int | None = None
     layers: str | int = "all"
+    experts: Literal["all", "routed", "shared"] = "all"
     multiple_of: int = 1
     choose: Literal["first", "random", "norm"] = "first"
     break_symmetry: float = 0.0

@@ -151,22 +151,19 @@ def _checks(
     failures: dict[str, str],
 ) -> list[Check]:
     """All comparisons; a tensor whose shape or type is wrong goes into `failures` instead."""
-    of_tensor: dict[str, tuple[Growth, Projection]] = {}
+    of_tensor: dict[str, tuple[Growth, Projection, int]] = {}
     for growth in growths:
-        for projection in (*growth.mlp.ups, growth.mlp.down):
-            of_tensor[projection.weight] = growth, projection
-            if projection.bias is not None and projection is not growth.mlp.down:
-                of_tensor[projection.bias] = growth, projection
+        for name, projection, axis in growth.mlp.axes():
+            of_tensor[name] = growth, projection, axis
     checks: list[Check] = []
     for name, tensor in base.items():
         if name not in grown:
             continue
-        shape = list(tensor.shape)
+        shape = tensor.shape
         if name in of_tensor:
-            growth, projection = of_tensor[name]
-            axis, _ = growth.new_ranges(projection, bias=name == projection.bias)
-            shape[axis] = projection.parts * growth.width
-        wanted, found = (tensor.dtype, shape), (grown[name].dtype, list(grown[name].shape))
+            growth, _, axis = of_tensor[name]
+            shape = growth.shape(shape, axis)
+        wanted, found = (tensor.dtype, list(shape)), (grown[name].dtype, list(grown[name].shape))
         if wanted != found:
             failures[name] = (
                 f"{name} is {found[0]} {found[1]}, and should be {wanted[0]} {wanted[1]}"
@@ -181,14 +178,20 @@ def _checks(
 
 
 def _grown_checks(
-    name: str, base: LazyTensor, grown: LazyTensor, growth: Growth, projection: Projection
+    name: str,
+    base: LazyTensor,
+    grown: LazyTensor,
+    growth: Growth,
+    projection: Projection,
+    axis: int,
 ) -> Iterator[Check]:
     import numpy
     import torch
 
-    sources = growth.sources()
+    columns = axis > 0 and axis == len(base.shape) - 1
+    sources = projection.indices(growth.sources(), growth.mlp.width, below=not columns)
     if projection is growth.mlp.down:
-        if projection.in_out:
+        if not columns:
             for rows in base.blocks(BLOCK_ELEMENTS):
                 yield DownRows(name, base, grown, rows, sources)
             return
@@ -199,13 +202,9 @@ def _grown_checks(
         ]
         for rows in grown.blocks(BLOCK_ELEMENTS):
             yield DownColumns(name, base, grown, rows, torch.from_numpy(sources), rounds)
-    elif projection.in_out and name == projection.weight:
+    elif columns:
         for rows in grown.blocks(BLOCK_ELEMENTS):
             yield UpColumns(name, base, grown, rows, torch.from_numpy(sources))
     else:
-        p = growth.mlp.width
-        offset = numpy.repeat(numpy.arange(projection.parts) * p, growth.width)
-        stacked = numpy.tile(sources, projection.parts)
-        stacked = numpy.where(stacked < 0, -1, stacked + offset)
         for rows in grown.blocks(BLOCK_ELEMENTS):
-            yield Rows(name, base, grown, rows, stacked)
+            yield Rows(name, base, grown, rows, sources)

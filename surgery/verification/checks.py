@@ -155,9 +155,14 @@ class DownRows(Check):
             lost[part], inexact = two_sum(lost[part], rest)
             if bool((inexact != 0).any()):
                 return INEXACT
-        padding = int((self.sources < 0).sum()) if stop == self.base.rows else 0
-        zeros = self.grown.read(self.grown.rows - padding, self.grown.rows)
-        return _sums(total, lost, self.base.read(start, stop), zeros)
+        nothing = [self.grown.read(0, 0)]
+        if stop == self.base.rows:
+            nothing += [
+                self.grown.read(at, end)
+                for at, end, source in _stretches(self.sources, 0, len(self.sources))
+                if source < 0
+            ]
+        return _sums(total, lost, self.base.read(start, stop), torch.cat(nothing))
 
 
 def _sums(

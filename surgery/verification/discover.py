@@ -14,9 +14,10 @@ def discover_growths(base: Checkpoint, other: Checkpoint) -> list[Growth]:
     """The growths that made `other` of `base`, for MLPs that keep the base's neurons in place
     and have copies or zeros behind them; nothing if one is wider in another way."""
     growths = []
-    for key, mlp in base.anatomy.mlps.items():
-        wide = other.anatomy.mlps.get(key)
-        if wide is None or wide.tensors != mlp.tensors or wide.width < mlp.width:
+    wider = {frozenset(mlp.tensors): mlp for mlp in other.anatomy.every_mlp}
+    for mlp in base.anatomy.every_mlp:
+        wide = wider.get(frozenset(mlp.tensors))
+        if wide is None or wide.width < mlp.width:
             return []
         if wide.width > mlp.width:
             growth = _discover(base, other, mlp, wide)
@@ -49,17 +50,20 @@ def _discover(base: Checkpoint, other: Checkpoint, mlp: MLP, wide: MLP) -> Growt
 
 
 def _neurons(checkpoint: Checkpoint, mlp: MLP) -> Iterator[bytes]:
-    """What leads into every hidden neuron, as bytes."""
+    """What leads into every hidden neuron, of all experts in one tensor, as bytes."""
+    import numpy
     import torch
 
     columns = []
-    for up in mlp.ups:
-        for name in filter(None, (up.weight, up.bias)):
-            matrix = checkpoint[name].whole()
-            if up.in_out and name == up.weight:
-                matrix = matrix.T
-            parts = matrix.reshape(up.parts, mlp.width, -1)
-            columns += [part.contiguous().view(torch.uint8) for part in parts]
+    for name, projection, axis in mlp.axes():
+        if projection is mlp.down:
+            continue
+        lines = checkpoint[name].whole().movedim(axis, 0)
+        order = projection.indices(numpy.arange(mlp.width), mlp.width, below=projection.flat)
+        if projection.interleaved:
+            order = order.reshape(mlp.width, projection.parts).T.reshape(-1)
+        neurons = lines[torch.from_numpy(order)].reshape(-1, mlp.width, lines[0].numel())
+        columns += [part.contiguous().view(torch.uint8) for part in neurons]
     rows = torch.cat(columns, dim=1).numpy()
     for row in rows:
         yield row.tobytes()

@@ -23,6 +23,7 @@ from surgery.tensor import LazyTensor
 from surgery.values import noise
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 VerifyDtype = Literal["float32", "float64"]
@@ -30,6 +31,10 @@ VerifyDtype = Literal["float32", "float64"]
 NOISE_MULTIPLE = 8.0
 """A growth passes within this many noise floors. Right ones stay under 2 or 3 (two draws of the
 same rounding noise, and more terms in each sum); a weight wrong by 1% gives thousands."""
+
+MOST_NOISE = 0.01
+"""Of the largest logit: more isn't rounding. A permutation that changes the function (of an MLP
+that was taken for another kind) would make a yardstick that measures nothing."""
 
 BATCH, TOKENS = 2, 64
 
@@ -57,6 +62,8 @@ class Logits:
     noise_floor: float | None
     first_departure: str | None
     uninitialised: tuple[str, ...]
+    experts: tuple[int, int] | None = None
+    """To how many routed experts a token went, and how many there are, where that shows."""
 
     @property
     def threshold(self) -> float | None:
@@ -77,6 +84,7 @@ class _Run:
     is_logits: bool
     blocks: Mapping[str, torch.Tensor]
     missing: tuple[str, ...]
+    experts: tuple[int, int] | None
 
 
 def compare_logits(
@@ -113,7 +121,7 @@ def compare_logits(
             f"outputs differ in shape: {list(first_run.output.shape)} and "
             f"{list(second.output.shape)}; the logits can't be compared"
         )
-    permuted = run(_permuted(base, seed)) if base.anatomy.mlps else None
+    permuted = run(_permuted(base, seed)) if base.anatomy.every_mlp else None
     moved = {
         name: second.blocks[now] for name, now in (places or {}).items() if now in second.blocks
     }
@@ -199,11 +207,34 @@ def _run(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, inputs: tor
         for number, block in enumerate(block_modules(built.model, stack)):
             name = f"{stack}.{number}"
             block.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
+    routed = _watch_experts(built.model)
     output, is_logits = _outputs(built.model, inputs)
-    run = _Run(output.to("cpu").flatten(0, -2), is_logits, kept, built.missing)
+    experts = (sum(len(seen) for seen, _ in routed), sum(count for _, count in routed))
+    seen = experts if all(seen for seen, _ in routed) and routed else None
+    run = _Run(output.to("cpu").flatten(0, -2), is_logits, kept, built.missing, seen)
     del built
     gc.collect()
     return run
+
+
+def _watch_experts(model: Any) -> list[tuple[set[int], int]]:
+    """For every module of routed experts, how many it has, and which of them tokens went to: the
+    first argument of whole numbers is the choice of the router."""
+
+    def watch(module: Any, given: tuple[Any, ...], named: dict[str, Any], seen: set[int]) -> None:
+        for value in (*given, *named.values()):
+            if hasattr(value, "is_floating_point") and not value.is_floating_point():
+                seen.update(n for n in value.unique().tolist() if 0 <= n < module.num_experts)
+                return
+
+    found: list[tuple[set[int], int]] = []
+    for module in model.modules():
+        count = getattr(module, "num_experts", None)
+        if type(module).__name__.endswith("Experts") and type(count) is int:
+            seen: set[int] = set()
+            module.register_forward_pre_hook(partial(watch, seen=seen), with_kwargs=True)
+            found.append((seen, count))
+    return found
 
 
 def _outputs(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, bool]:
@@ -249,29 +280,22 @@ def _float64_throughout() -> Any:
 def _permuted(base: Checkpoint, seed: int) -> Checkpoint:
     """The base with the neurons of every MLP in another order: the same function."""
     tensors: dict[str, LazyTensor] = {}
-    for mlp in base.anatomy.mlps.values():
-        order = noise((mlp.width,), seed, f"permute:{mlp.down.weight}").read().argsort()
-        for projection in (*mlp.ups, mlp.down):
-            axis = int((projection is mlp.down) != projection.in_out)
-            tensors[projection.weight] = _reordered(
-                base[projection.weight], order, axis, projection.parts
-            )
-            if projection.bias is not None and projection is not mlp.down:
-                tensors[projection.bias] = _reordered(
-                    base[projection.bias], order, 0, projection.parts
-                )
+    for mlp in base.anatomy.every_mlp:
+        order = noise((mlp.width,), seed, f"permute:{mlp.down.weight}").read().argsort().numpy()
+        for name, projection, axis in mlp.axes():
+            index = projection.indices(order, mlp.width, below=projection.flat)
+            tensors[name] = _reordered(base[name], index, axis)
     return replace(base, tensors={**base.tensors, **tensors})
 
 
-def _reordered(tensor: LazyTensor, order: torch.Tensor, axis: int, parts: int) -> LazyTensor:
+def _reordered(tensor: LazyTensor, index: numpy.ndarray, axis: int) -> LazyTensor:
     import torch
 
-    index = torch.cat([order + part * len(order) for part in range(parts)])
     return LazyTensor(
         tensor.shape,
         tensor.dtype,
         inputs=(tensor,),
-        kernel=partial(torch.index_select, dim=axis, index=index),
+        kernel=partial(torch.index_select, dim=axis, index=torch.from_numpy(index)),
         rowwise=False,
     )
 
@@ -279,15 +303,12 @@ def _reordered(tensor: LazyTensor, order: torch.Tensor, axis: int, parts: int) -
 def _compare(
     base: _Run, other: _Run, permuted: _Run | None, device: str, dtype: VerifyDtype
 ) -> Logits:
-    import torch
 
     scale = float(base.output.abs().max())
     difference = _distance(base.output, other.output)
     floor = None
     if permuted is not None:
-        # A tiny model can come out without any noise; a rounding or two is always allowed.
-        unit = torch.finfo(base.output.dtype).eps * scale
-        floor = max(_distance(base.output, permuted.output), unit)
+        floor = _noise_floor(base.output, permuted.output)
     kl_mean = kl_max = top1 = None
     if base.is_logits and other.is_logits:
         p, q = (run.output.double().log_softmax(-1) for run in (base, other))
@@ -306,22 +327,31 @@ def _compare(
         noise_floor=floor,
         first_departure=_first_departure(base, other, permuted),
         uninitialised=tuple(sorted({*base.missing, *other.missing})),
+        experts=base.experts,
     )
 
 
 def _first_departure(base: _Run, other: _Run, permuted: _Run | None) -> str | None:
-    import torch
 
     if permuted is None:
         return None
     for name, hidden in base.blocks.items():
         if name not in other.blocks or other.blocks[name].shape != hidden.shape:
             return name
-        unit = torch.finfo(hidden.dtype).eps * float(hidden.abs().max())
-        floor = max(_distance(hidden, permuted.blocks[name]), unit)
+        floor = _noise_floor(hidden, permuted.blocks[name])
         if not _distance(hidden, other.blocks[name]) <= NOISE_MULTIPLE * floor:
             return name
     return None
+
+
+def _noise_floor(output: torch.Tensor, permuted: torch.Tensor) -> float:
+    """How far rounding alone puts outputs apart. A tiny model can come out without any noise; a
+    rounding or two is always allowed."""
+    import torch
+
+    scale = float(output.abs().max())
+    noise = max(_distance(output, permuted), torch.finfo(output.dtype).eps * scale)
+    return min(noise, MOST_NOISE * scale / NOISE_MULTIPLE)
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

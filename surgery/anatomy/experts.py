@@ -1,0 +1,176 @@
+"""Find the experts of a mixture: one tensor each, or all of a layer stacked in one; routed to, or
+shared by all tokens.
+
+Names say what is an expert, shapes what its projections are. How stacked gates and ups lie
+(halves, or neuron by neuron) shows in neither: that is a small table of families.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from surgery.anatomy.mlp import (
+    DOWN,
+    INTERLEAVED_NAME,
+    MLP,
+    Kind,
+    Projection,
+    find_mlp,
+    follows_width,
+)
+from surgery.tensor import LazyTensor
+
+INTERLEAVED = frozenset({"gpt_oss"})
+"""Model types whose stacked experts have gate and up neuron by neuron: g0, u0, g1, u1, ..."""
+
+_ATTENTION = re.compile(r"(^|[._])\w*(attn|attention)\.")  # JetMoE: attention of experts
+_NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
+_SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
+_FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
+_GATE = re.compile(r"(^|[._])\w*gate(\.weight)?$")
+_EXPERT_COUNTS = ("moe_num_experts", "num_local_experts", "num_experts", "n_routed_experts")
+
+
+@dataclass
+class Experts:
+    """The experts of one block, the tensors that are theirs, and what wasn't understood."""
+
+    mlps: list[MLP] = field(default_factory=list)
+    tensors: set[str] = field(default_factory=set)
+    problems: list[str] = field(default_factory=list)
+
+
+def find_experts(
+    stack: str,
+    block: int,
+    tensors: Mapping[str, LazyTensor],
+    hidden: int,
+    config: Mapping[str, Any],
+) -> Experts:
+    """The experts among the tensors of one block. `config` is that of the language model."""
+    found = Experts()
+    for (kind, path), group in _groups(f"{stack}.{block}.", tensors, hidden).items():
+        found.tensors |= group.keys()
+        mlp: MLP | str | None
+        if any(len(tensor.shape) == 3 for tensor in group.values()):
+            mlp = _stacked(stack, block, group, hidden, config.get("model_type") in INTERLEAVED)
+        elif any(_FLAT.match(name) for name in group):
+            mlp = _flat(stack, block, group, hidden, _count(config))
+        else:
+            mlp = find_mlp(stack, block, group, hidden, set(), in_out=False)
+        if mlp is None:
+            mlp = "it has no matrix of the hidden size"
+        elif not isinstance(mlp, str) and (others := follows_width(mlp, group)):
+            mlp = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+        if isinstance(mlp, str):
+            found.problems.append(f"{path}: {mlp}")
+        else:
+            found.mlps.append(replace(mlp, kind=kind))
+    return found
+
+
+def _groups(
+    block: str, tensors: Mapping[str, LazyTensor], hidden: int
+) -> dict[tuple[Kind, str], dict[str, LazyTensor]]:
+    """The tensors of each expert, or stack of experts, by its kind and the path of its module."""
+    groups: dict[tuple[Kind, str], dict[str, LazyTensor]] = defaultdict(dict)
+    stacks: dict[str, int] = defaultdict(int)
+    for name, tensor in tensors.items():
+        if _is_stacked(name, tensor, hidden):
+            stacks[_parent(name.removeprefix(block))] += 1
+    for name, tensor in tensors.items():
+        inner = name.removeprefix(block)
+        if _ATTENTION.search(inner):
+            continue
+        path = _parent(inner)
+        if stacks.get(path, 0) < 2 or not (_is_stacked(name, tensor, hidden) or "bias" in inner):
+            match = _NUMBERED.match(inner) or _SHARED.match(inner) or _FLAT.match(inner)
+            if match is None:
+                continue
+            path = match.group(0)
+        kind: Kind = "shared" if "shared" in path else "routed"
+        groups[kind, path][name] = tensor
+    return groups
+
+
+def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
+    return len(tensor.shape) == 3 and hidden in tensor.shape[1:] and not _ATTENTION.search(name)
+
+
+def _parent(inner: str) -> str:
+    """The module that holds a projection: of "experts.fc1.weight" and "experts.down_proj" alike."""
+    return re.sub(r"\.(weight|bias)$", "", inner).rpartition(".")[0]
+
+
+def _stacked(
+    stack: str, block: int, group: Mapping[str, LazyTensor], hidden: int, interleaved: bool
+) -> MLP | str:
+    """The MLP whose matrices are (experts, out, in) or (experts, in, out)."""
+    matrices = {name: tensor for name, tensor in group.items() if len(tensor.shape) == 3}
+    downs = [name for name in matrices if DOWN.search(name.removesuffix(".weight"))]
+    ups = [name for name in matrices if name not in downs]
+    listed = ", ".join(sorted(matrices))
+    if len(downs) != 1 or not ups:
+        return f"can't tell which of {listed} is the down projection"
+    counts = {tensor.shape[0] for tensor in matrices.values()}
+    layouts = {
+        (tensor.shape[1] == hidden) != (name in downs)
+        for name, tensor in matrices.items()
+        if tensor.shape[1] != tensor.shape[2]
+    }
+    if len(counts) != 1 or len(layouts) != 1:
+        return f"can't tell whether {listed} are stored (out, in) or (in, out)"
+    in_out, experts = layouts.pop(), counts.pop()
+    width = matrices[downs[0]].shape[1 if in_out else 2]
+    sizes = [matrices[name].shape[2 if in_out else 1] for name in ups]
+    if sizes not in ([width], [2 * width], [width, width]):
+        return f"no up projection of width {width:,} goes with {downs[0]}"
+
+    def projection(name: str, parts: int = 1) -> Projection:
+        biases = (name.removesuffix("weight") + "bias", f"{name}_bias", f"{name}.bias")
+        return Projection(
+            name,
+            next((b for b in biases if b != name and b in group), None),
+            in_out,
+            parts,
+            interleaved=parts == 2 and (interleaved or bool(INTERLEAVED_NAME.search(name))),
+            experts=experts,
+        )
+
+    made = tuple(projection(up, size // width) for up, size in zip(ups, sizes, strict=True))
+    return MLP(stack, block, made, projection(downs[0]), width, hidden)
+
+
+def _flat(
+    stack: str, block: int, group: Mapping[str, LazyTensor], hidden: int, experts: int | None
+) -> MLP | str:
+    """DBRX: w1 (gate), v1 (up) and w2 (down), all (experts * width, hidden)."""
+    shapes = {tensor.shape for tensor in group.values()}
+    rows, columns = shapes.pop()
+    if experts is None or len(group) != 3 or shapes or columns != hidden or rows % experts:
+        return f"can't tell the experts in {', '.join(sorted(group))} apart"
+    by_ending = {name.rpartition(".")[2]: name for name in group}
+    gate, up, down = (
+        Projection(by_ending[ending], in_out=ending == "w2", experts=experts, flat=True)
+        for ending in ("w1", "v1", "w2")
+    )
+    return MLP(stack, block, (gate, up), down, rows // experts, hidden)
+
+
+def _count(config: Mapping[str, Any]) -> int | None:
+    """The number of experts, of this config or of one nested in it."""
+    nested = [value for value in config.values() if isinstance(value, Mapping)]
+    for part in (config, *nested):
+        for key in _EXPERT_COUNTS:
+            if type(count := part.get(key)) is int and count > 0:
+                return count
+    return None
+
+
+def left_over(name: str, tensor: LazyTensor) -> bool:
+    """Whether a tensor that is named after experts is a matrix of theirs, and not a gate."""
+    return len(tensor.shape) >= 2 and not _GATE.search(name) and "bias" not in name

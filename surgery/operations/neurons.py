@@ -1,0 +1,118 @@
+"""The tensors of a wider MLP, made of those that it had: copied neurons, split outgoing weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache, partial
+from typing import TYPE_CHECKING, Any
+
+from surgery.anatomy import Projection
+from surgery.growth import Growth, Ranges, copy_numbers, source_neurons
+from surgery.tensor import LazyTensor, gather
+from surgery.values import noise, table, zeros
+
+if TYPE_CHECKING:
+    import torch
+
+MANY_RUNS = 64
+"""Runs of copied columns beyond which one lookup of all columns is faster than a slice each."""
+
+
+def grown_tensors(
+    base: Mapping[str, LazyTensor], growth: Growth, symmetry_break: float, seed: int
+) -> dict[str, LazyTensor]:
+    """The tensors that widen, in the place of those of that name. `base` is asked for shapes."""
+    tensors = {}
+    for name, projection, axis in growth.mlp.axes():
+        tensor = base[name]
+        shape = growth.shape(tensor.shape, axis)
+        if projection is growth.mlp.down:
+            tensors[name] = _split(tensor, projection, growth, shape, symmetry_break, seed)
+        elif axis == len(shape) - 1 and axis > 0:
+            tensors[name] = _wider_columns(tensor, growth, projection, shape)
+        else:
+            tensors[name] = _more_rows(tensor, growth, projection, shape)
+    return tensors
+
+
+def _more_rows(
+    tensor: LazyTensor, growth: Growth, up: Projection, shape: tuple[int, ...]
+) -> LazyTensor:
+    """The rows of all neurons and of the copied ones, in each piece; then rows of zeros."""
+    runs = tuple((int(at is None), start, stop) for at, start, stop in growth.runs(up))
+    inputs: tuple[LazyTensor, ...] = (tensor,)
+    if growth.padding:
+        rows = growth.padding * up.parts
+        inputs += (zeros((rows, tensor.width) if len(shape) > 1 else (rows,), tensor.dtype),)
+    return gather(inputs, runs, shape)
+
+
+def _wider_columns(
+    tensor: LazyTensor, growth: Growth, up: Projection, shape: tuple[int, ...]
+) -> LazyTensor:
+    import torch
+
+    from surgery.kernels.columns import take_columns
+
+    sources = torch.from_numpy(up.indices(growth.sources(), growth.mlp.width))
+    return LazyTensor(
+        shape,
+        tensor.dtype,
+        inputs=(tensor,),
+        kernel=partial(take_columns, sources=sources),
+    )
+
+
+def _split(
+    tensor: LazyTensor,
+    down: Projection,
+    growth: Growth,
+    shape: tuple[int, ...],
+    symmetry_break: float,
+    seed: int,
+) -> LazyTensor:
+    """The down projection, with the weights of every source split among its copies."""
+    import numpy
+
+    from surgery.kernels.split import split_columns, split_rows
+
+    ordinals, copies = growth.shares()
+    draws = int(copies.max()) - 1 if symmetry_break else 0
+    draw = [noise(tensor.shape, seed, f"{down.weight}:{m}") for m in range(draws)]
+    if not down.in_out:
+        runs = ((0, growth.mlp.width), *growth.copied)
+        plain = not symmetry_break and len(runs) <= MANY_RUNS
+        plan = _column_plan(runs, growth.padding, tensor.dtype.torch, plain)
+        kernel = partial(split_columns, symmetry_break=symmetry_break, **plan)
+        return LazyTensor(shape, tensor.dtype, inputs=(tensor, *draw), kernel=kernel)
+    of_rows: list[tuple[int, int, int]] = []
+    for at, start, stop in growth.runs(down):
+        # padding: any row, none of it is shared out
+        of_rows += [(0, start, stop)] if at is not None else [(0, 0, 1)] * (stop - start)
+    rows = [gather((source,), tuple(of_rows), shape) for source in (tensor, *draw)]
+    every = [table(numpy.tile(numbers, down.experts or 1)) for numbers in (ordinals, copies)]
+    return LazyTensor(
+        shape,
+        tensor.dtype,
+        inputs=(rows[0], *every, *rows[1:]),
+        kernel=partial(split_rows, symmetry_break=symmetry_break),
+    )
+
+
+@lru_cache(maxsize=32)  # a mixture has thousands of experts that grow alike
+def _column_plan(runs: Ranges, padding: int, dtype: torch.dtype, plain: bool) -> dict[str, Any]:
+    """What `split_columns` is told of columns that are copied as `runs` say."""
+    import torch
+
+    from surgery.kernels.split import Dyadic
+
+    (_, width), *copied = runs
+    sources = source_neurons(width, tuple(copied), padding)
+    numbers = copy_numbers(width, tuple(copied), padding)
+    ordinals, copies = torch.from_numpy(numbers[0]), torch.from_numpy(numbers[1])
+    return {
+        "sources": torch.from_numpy(sources.clip(min=0)),
+        "ordinals": ordinals,
+        "copies": copies,
+        "dyadic": Dyadic.plan(runs, ordinals, copies, width, dtype) if plain else None,
+    }
