@@ -221,9 +221,9 @@ def _without_split(base: Checkpoint, grown: Checkpoint, growths: list[Growth]) -
     for growth in growths:
         down = growth.mlp.down
         whole = base[down.weight].whole()
-        sources = torch.from_numpy(growth.sources())
-        axis = 0 if down.in_out else 1
-        values = whole.index_select(axis, sources.clamp(min=0))
+        index = down.indices(growth.sources(), growth.mlp.width, below=down.flat)
+        copied = torch.from_numpy(index).clamp(min=0)
+        values = whole.index_select(down.axis(down=True), copied)
         tensors[down.weight] = replace(
             grown[down.weight], leaf=Given(values), inputs=(), kernel=None
         )
