@@ -307,7 +307,7 @@ steps:
   s: {write: x}
 """,
         """\
-3: steps.s: a step has one of merge, lines, grow, expand, task_vector, apply, compose, lora, and w
+3: steps.s: a step has one of merge, lines, grow, expand,
 """,
     ),
     "two operations": (
@@ -317,7 +317,7 @@ steps:
   s: {grow: {model: a}, lines: {}}
 """,
         """\
-3: steps.s: a step has one of merge, lines, grow, expand, task_vector, apply, compose, lora, and w
+3: steps.s: a step has one of merge, lines, grow, expand,
 """,
     ),
     "another operation": (
