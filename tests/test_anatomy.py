@@ -222,17 +222,31 @@ def test_a_norm_over_the_hidden_activation_is_refused_where_that_is_the_hidden_s
 def test_matrices_that_can_t_be_told_apart_are_named(tmp_path: Path):
     tensors = load(build("llama"))
     for block in range(3):
-        tensors[f"model.layers.{block}.mlp.side.weight"] = torch.zeros(32, 88)
+        for name in ("gate", "up", "down"):
+            kind = tensors.pop(f"model.layers.{block}.mlp.{name}_proj.weight")
+            tensors[f"model.layers.{block}.mlp.{name[0]}.weight"] = kind
+        tensors[f"model.layers.{block}.mlp.e.weight"] = torch.zeros(32, 88)
     base = open_checkpoint(variant(tmp_path / "base", build("llama"), tensors))
     prefix = "model.layers.1.mlp"
     with pytest.raises(UnsupportedError) as caught:
         grow(base, layers="1")
     assert caught.value.problems == (
         (
-            f"model.layers.1 can't be grown: can't tell which of {prefix}.down_proj.weight, "
-            f"{prefix}.gate_proj.weight, {prefix}.side.weight, {prefix}.up_proj.weight is the down "
-            f"projection"
+            f"model.layers.1 can't be grown: can't tell which of {prefix}.d.weight, "
+            f"{prefix}.e.weight, {prefix}.g.weight, {prefix}.u.weight is the down projection"
         ),
+    )
+
+
+def test_a_matrix_of_the_same_width_beside_the_mlp_s_own_is_named(tmp_path: Path):
+    tensors = load(build("llama"))
+    for block in range(3):
+        tensors[f"model.layers.{block}.mlp.side.weight"] = torch.zeros(32, 88)
+    base = open_checkpoint(variant(tmp_path / "base", build("llama"), tensors))
+    with pytest.raises(UnsupportedError) as caught:
+        grow(base, layers="1")
+    assert caught.value.problems == (
+        "model.layers.1 can't be grown: model.layers.1.mlp.side.weight follows the MLP's width of 88",
     )
 
 
@@ -269,14 +283,9 @@ def test_an_encoder_and_a_decoder_have_their_own_depth(tmp_path: Path):
         "encoder.block": [pytest.approx(0.2), pytest.approx(1.0)],
         "decoder.block": [pytest.approx(0.2), pytest.approx(0.6), pytest.approx(1.0)],
     }
-    with pytest.raises(UnsupportedError) as caught:
-        grow(checkpoint)
-    assert caught.value.problems == (
-        (
-            f"{base} has MLPs in several stacks (decoder.block, encoder.block), and growing those "
-            f"isn't there yet"
-        ),
-    )
+    grown = grow(checkpoint)
+    assert {mlp.width for mlp in grown.anatomy.mlps.values()} == {80}
+    assert grown.config == {**checkpoint.config, "d_ff": 80}
 
 
 def test_layouts_are_told_by_shape_and_not_by_name(tmp_path: Path):

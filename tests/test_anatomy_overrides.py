@@ -47,8 +47,8 @@ def odd_model(folder: Path, seed: int = 0) -> Path:
             "right.weight": torch.randn(WIDTH, HIDDEN),
             "back.weight": torch.randn(HIDDEN, WIDTH),
             "back.bias": torch.randn(HIDDEN),
-            "side.a.weight": torch.randn(SMALL, HIDDEN),
-            "side.b.weight": torch.randn(HIDDEN, SMALL),
+            "side_a.weight": torch.randn(SMALL, HIDDEN),
+            "side_b.weight": torch.randn(HIDDEN, SMALL),
         }
         tensors |= {f"net.{block}.{name}": value for name, value in inside.items()}
     return save_raw(folder, tensors)
@@ -63,7 +63,7 @@ def file(folder: Path, text: str) -> Path:
 RIGHT = """
 roles:
   rescale: norm
-  "*.side.*": unknown
+  "*.side_*": unknown
 mlps:
   - stack: net
     ups: [left.weight, right.weight]
@@ -110,7 +110,7 @@ def test_it_survives_edits_and_keeps_the_function(tmp_path: Path):
 
     stored = load_file(tmp_path / "m/model.safetensors")
     assert torch.allclose(compute(tensors), compute(stored), rtol=1e-12)
-    assert torch.equal(tensors["net.0.side.b.weight"], stored["net.0.side.b.weight"])
+    assert torch.equal(tensors["net.0.side_b.weight"], stored["net.0.side_b.weight"])
 
 
 @pytest.mark.parametrize("layout", ["stacked", "in, out"])
@@ -218,7 +218,7 @@ roles:
   "*.nowhere.*": norm
 mlps:
   - {stack: net, ups: [left.weight, rihgt.weight], down: back.weight}
-  - {stack: net, blocks: 0, ups: [side.a.weight], down: back.weight}
+  - {stack: net, blocks: 0, ups: [side_a.weight], down: back.weight}
   - {stack: net, blocks: 1-5, ups: [left.weight], down: back.weight}
   - {stack: nett, ups: [left.weight], down: back.weight}
   - {stack: net, ups: [left.weight, right.weight], down: back.weight, parts: 2}
@@ -239,7 +239,7 @@ mlps:
         "9: mlps[0]: there is no net.0.rihgt.weight",
         "9: mlps[0]: there is no net.1.rihgt.weight",
         (
-            "10: mlps[1]: net.0.side.a.weight is [6, 8], and beside net.0.back.weight, which is "
+            "10: mlps[1]: net.0.side_a.weight is [6, 8], and beside net.0.back.weight, which is "
             "[8, 24], it would be [24, 8]"
         ),
         "11: mlps[2].blocks: layers: 1-5 isn't among the 2 layers, which are 0 to 1",

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.anatomy.corrections import Corrections
+from surgery.anatomy.dense import find_dense
 from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.hidden import hidden_sizes
-from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
+from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
 
@@ -30,8 +31,9 @@ class Anatomy:
     """What the tensors of a checkpoint are.
 
     `stacks` maps the prefix of each list of blocks to its length L. `mlps` are the plain ones
-    that were understood, `experts` those of mixtures; `no_growth` says, for a (stack, block)
-    whose MLPs can't be grown, why.
+    that were understood, `several` those of blocks that have more than one, `experts` those of
+    mixtures; `no_growth` says, for a (stack, block) whose MLPs can't be grown, why. `beside` are
+    other MLPs, outside the blocks or small ones in them, that only widen with those.
     """
 
     places: Mapping[str, Place]
@@ -44,13 +46,25 @@ class Anatomy:
     """Whether the head is the embedding: the config says so, or there is no head of its own."""
     notes: tuple[str, ...]
     experts: Mapping[tuple[str, int], tuple[MLP, ...]] = field(default_factory=dict)
+    several: Mapping[tuple[str, int], tuple[MLP, ...]] = field(default_factory=dict)
+    beside: tuple[MLP, ...] = ()
 
     @property
     def every_mlp(self) -> list[MLP]:
         """The plain MLPs and the experts, in the order of the blocks."""
-        keys = dict.fromkeys(sorted((*self.mlps, *self.experts)))
-        plain = {key: (mlp,) for key, mlp in self.mlps.items()}
+        keys = dict.fromkeys(sorted((*self.mlps, *self.several, *self.experts)))
+        plain = {**{key: (mlp,) for key, mlp in self.mlps.items()}, **self.several}
         return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
+
+    @property
+    def all_mlps(self) -> list[MLP]:
+        """Those, and the ones beside them."""
+        return [*self.every_mlp, *self.beside]
+
+    def in_block(self, stack: str, block: int) -> tuple[MLP, ...]:
+        """The plain MLPs of a block."""
+        key = stack, block
+        return self.several.get(key) or ((self.mlps[key],) if key in self.mlps else ())
 
     @property
     def unrecognised(self) -> list[str]:
@@ -75,12 +89,15 @@ def infer(
     in_blocks = _in_blocks(tensors, places)
     sizes = hidden_sizes(tensors, places, hidden)
     experts = _experts(in_blocks, places, sizes, part)
-    mlps, no_growth = _mlps(tensors, places, sizes, _all_widths(config), experts)
+    found = find_dense(tensors, places, sizes, _all_widths(config), experts)
+    mlps, no_growth = found.mlps, found.no_growth
     corrections.put_mlps(tensors, places, mlps, no_growth)
+    several = {key: these for key, these in found.several.items() if key not in mlps}
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
             places[key] = replace(places[key], role=Role.EXPERT)
-    for mlp in mlps.values():
+    in_blocks_too = [mlp for these in several.values() for mlp in these]
+    for mlp in (*mlps.values(), *in_blocks_too):
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
                 places[name] = replace(places[name], role=Role.MLP)
@@ -91,7 +108,10 @@ def infer(
         for key, found in experts.items()
         if found.mlps and key not in no_growth
     }
-    return Anatomy(places, stacks, mlps, no_growth, embedding, head, tied, notes, mixtures)
+    return Anatomy(
+        places, stacks, mlps, no_growth, embedding, head, tied, notes, mixtures, several,
+        tuple(found.beside),
+    )  # fmt: skip
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -158,50 +178,6 @@ def _experts(
         if left or any(mlp.kind == "routed" for mlp in experts.mlps) or experts.problems:
             found[key] = experts  # what is shared by no others is a plain MLP
     return found
-
-
-def _mlps(
-    tensors: Mapping[str, LazyTensor],
-    places: Mapping[str, Place],
-    hidden: Mapping[tuple[str, int], int | None],
-    widths: set[int],
-    experts: Mapping[tuple[str, int], Experts],
-) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
-    blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
-    stacks: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
-    routed: set[tuple[str, int]] = set()
-    for name, place in places.items():
-        if place.stack is None or place.block is None:
-            continue
-        key = (place.stack, place.block)
-        stacks[place.stack][name] = tensors[name]
-        if place.role is Role.ROUTER:
-            routed.add(key)
-        taken = experts[key].tensors if key in experts else set()
-        if place.role in (Role.UNKNOWN, Role.NORM, Role.MLP) and name not in taken:
-            blocks[key][name] = tensors[name]
-    in_out = {stack: stores_in_out(inside) for stack, inside in stacks.items()}
-    mlps: dict[tuple[str, int], MLP] = {}
-    no_growth: dict[tuple[str, int], str] = {}
-    for key, block in blocks.items():
-        size = hidden[key]
-        if size is None:
-            no_growth[key] = "the hidden size is unknown: no config, embedding or norm tells it"
-            continue
-        mlp = find_mlp(*key, block, size, widths, in_out[key[0]])
-        if isinstance(mlp, str):
-            if key not in experts:  # beside experts it stays as it is
-                no_growth[key] = mlp
-        elif mlp is not None:
-            mlps[key] = mlp
-            if others := follows_width(mlp, block):
-                no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
-    lost = routed - experts.keys() - mlps.keys()
-    no_growth |= dict.fromkeys(lost, "it is a mixture whose experts weren't found")
-    for key, found in experts.items():
-        if found.problems:
-            no_growth[key] = "its experts aren't understood: " + "; ".join(found.problems)
-    return mlps, no_growth
 
 
 def _embedding(

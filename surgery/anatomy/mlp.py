@@ -68,11 +68,12 @@ class MLP:
     """An MLP of a block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     `ups` are the projections into the hidden activation (gate and up, or one), `width` is its
-    size p, `hidden` the size of x. Experts that are stacked in one tensor are one MLP here.
+    size p, `hidden` the size of x. Experts that are stacked in one tensor are one MLP here. One
+    outside the stacks has no `block`, and its module for a `stack`.
     """
 
     stack: str
-    block: int
+    block: int | None
     ups: tuple[Projection, ...]
     down: Projection
     width: int
@@ -105,7 +106,7 @@ DOWN = re.compile(r"(^|[._])(down_proj|w2|fc2|fc_out|c_proj|dense_4h_to_h|wo|out
 
 def find_mlp(
     stack: str,
-    block: int,
+    block: int | None,
     tensors: Mapping[str, LazyTensor],
     hidden: int,
     widths: set[int],
@@ -152,7 +153,7 @@ def find_mlp(
         return f"no up projection of width {width:,} goes with {down}"
 
     def projection(name: str, parts: int = 1) -> Projection:
-        bias = _bias_name(name)
+        bias = bias_name(name)
         return Projection(
             name,
             bias if bias in tensors else None,
@@ -187,7 +188,8 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
     it has none): growing would break them. Where the width is the hidden size too, matrices say
     nothing, and vectors outside that module neither."""
     known = set(mlp.tensors) | {mlp.down.bias}
-    own = _module(f"{mlp.stack}.{mlp.block}.", mlp.tensors)
+    block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
+    own = module_of(block, mlp.tensors)
     return [
         name
         for name, tensor in tensors.items()
@@ -196,7 +198,7 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
     ]
 
 
-def _module(block: str, names: Iterable[str]) -> str:
+def module_of(block: str, names: Iterable[str]) -> str:
     """The module that these tensors of a block have in common, with a dot behind it; "" for the
     block itself."""
     shared = takewhile(
@@ -216,7 +218,8 @@ def _parent(weight: str) -> str:
     return weight.removesuffix(".weight").rpartition(".")[0] + "."
 
 
-def _bias_name(weight: str) -> str:
+def bias_name(weight: str) -> str:
+    """What the bias beside a weight is called."""
     return weight.removesuffix("weight") + "bias"
 
 
@@ -224,7 +227,7 @@ def _layout_from_bias(
     name: str, tensor: LazyTensor, tensors: Mapping[str, LazyTensor]
 ) -> bool | None:
     """True for (in, out), False for (out, in), None where the bias doesn't tell."""
-    bias = tensors.get(_bias_name(name))
+    bias = tensors.get(bias_name(name))
     rows, columns = tensor.shape
     if bias is None or len(bias.shape) != 1 or rows == columns:
         return None

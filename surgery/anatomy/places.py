@@ -41,6 +41,13 @@ _NUMBER = re.compile(r"(?<![^.])(\d+)\.")
 _STATE = re.compile(r"\.(A_log|dt_bias|time_decay|recurrent_param)$")
 _MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv)([._]|$)")
 
+NORM = re.compile(r"(^|[._])(ln\d*|\w*norm\d*)([._]|$)", re.IGNORECASE)
+ATTENTION = re.compile(
+    r"(^|[._])(\w*attn|\w*attention|[qkvo]_proj|[qkv]_lin|out_lin|w?qkv(_proj)?|att)"
+    r"([._]|$)",
+    re.IGNORECASE,
+)
+
 # Words of a name, most telling first. A word counts where it stands between dots and
 # underscores, so that "proj" isn't in "projector"; "ln_1" and "layernorm" are patterns.
 _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
@@ -57,18 +64,8 @@ _ROLES: tuple[tuple[Role, re.Pattern[str]], ...] = (
             r"(^|[._])(router|e_score_correction_bias)([._]|$)|(mlp|moe)\.gate\.", re.IGNORECASE
         ),
     ),
-    (
-        Role.NORM,
-        re.compile(r"(^|[._])(ln\d*|\w*norm\d*)([._]|$)", re.IGNORECASE),
-    ),
-    (
-        Role.ATTENTION,
-        re.compile(
-            r"(^|[._])(\w*attn|\w*attention|[qkvo]_proj|[qkv]_lin|out_lin|w?qkv(_proj)?|att)"
-            r"([._]|$)",
-            re.IGNORECASE,
-        ),
-    ),
+    (Role.NORM, NORM),
+    (Role.ATTENTION, ATTENTION),
 )
 _OUTSIDE: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (Role.BUFFER, _ROLES[0][1]),
@@ -81,7 +78,7 @@ _OUTSIDE: tuple[tuple[Role, re.Pattern[str]], ...] = (
         Role.HEAD,
         re.compile(r"(^|[._])(\w*head|score|classifier|predictions|pooler)([._]|$)", re.IGNORECASE),
     ),
-    (Role.NORM, _ROLES[3][1]),
+    (Role.NORM, NORM),
     (Role.HEAD, re.compile(r"^output\.", re.IGNORECASE)),
 )
 _LISTS = {"layers", "layer", "h", "blocks", "block"}
@@ -104,7 +101,8 @@ def find_places(
         if where is not None:
             stack, number, inner = where
             role = _role(inner, tensor, _ROLES)
-            places[name] = Place(_mixing(name, role, mixers), inner, stack, number)
+            block = len(name) - len(inner)
+            places[name] = Place(_mixing(name, role, mixers, block), inner, stack, number)
         else:
             places[name] = Place(_role(name, tensor, _OUTSIDE), name)
     return places, stacks
@@ -167,15 +165,16 @@ def _mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, bool]:
     return found
 
 
-def _mixing(name: str, role: Role, mixers: Mapping[str, bool]) -> Role:
-    """The role of a tensor of a block, given the modules that mix tokens other than by attention.
+def _mixing(name: str, role: Role, mixers: Mapping[str, bool], block: int) -> Role:
+    """The role of a tensor of a block, given the modules that mix tokens other than by attention;
+    `block` is where its name in the block begins, for those around the blocks say nothing.
 
     One with a state does so whatever it is called (`linear_attn`); attention may have a
     convolution on its way in.
     """
     if role in (Role.UNKNOWN, Role.ATTENTION):
-        for dot in re.finditer(r"\.", name):
-            state = mixers.get(name[: dot.end()])
+        for dot in re.finditer(r"\.", name[block:]):
+            state = mixers.get(name[: block + dot.end()])
             if state or (state is False and role is Role.UNKNOWN):
                 return Role.MIXER
     return role

@@ -40,6 +40,12 @@ def derived(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**values.to_dict(), **_plain_lists(values)}
 
 
+def completed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config as its class completes it, with that of every part."""
+    made: dict[str, Any] = _or_refuse(config, lambda: build_config(config)).to_dict()
+    return made
+
+
 def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
     """The model of this config, built without weights."""
     import torch

@@ -4,6 +4,8 @@ stacks of a checkpoint are."""
 from __future__ import annotations
 
 import copy
+import importlib
+import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +50,7 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
     built = build_config(config)
     for name in built.architectures or ():
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, name, None) or _beside(built, name)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
         expected = getattr(found, "config_class", None)
@@ -61,7 +63,25 @@ def model_class(config: Mapping[str, Any]) -> Any:
     ):
         if (found := mapping.get(type(built), None)) is not None:
             return found[0] if isinstance(found, (tuple, list)) else found
+    for name, mapping in vars(auto).items():
+        if name.startswith("MODEL_FOR_") and name.endswith("_MAPPING") and type(built) in mapping:
+            found = mapping[type(built)]
+            return found[0] if isinstance(found, (tuple, list)) else found
     raise UnsupportedError(f"transformers has no model class for {type(built).__name__}")
+
+
+def _beside(config: Any, name: str) -> Any:
+    """A class that transformers doesn't export (a part of a larger model), from the modules beside
+    that of its config's class."""
+    package = type(config).__module__.rpartition(".")[0]
+    if not package.startswith("transformers."):
+        return None
+    for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
+        if module.name.startswith("modeling_"):
+            found = getattr(importlib.import_module(f"{package}.{module.name}"), name, None)
+            if found is not None:
+                return found
+    return None
 
 
 def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:

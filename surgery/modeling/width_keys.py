@@ -2,22 +2,25 @@
 with a key changed, and comparing the shapes of all its tensors.
 
 A name tells little: a width can be half of its key's value, a multiple of the hidden size or of
-another key, and a key can set the widths of experts, shared experts and plain layers together.
+another key, a list with an entry for every layer, and a key can set the widths of experts, shared
+experts and plain layers together, or those of several stacks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+import json
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
-from surgery.anatomy.infer import HIDDEN_KEYS, first, text_config
+from surgery.anatomy.infer import HIDDEN_KEYS
 from surgery.errors import UnsupportedError
-from surgery.modeling.layers import derived, known, stored_shapes
+from surgery.modeling.layers import completed, known, stored_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]
-"""A key, and the keys that it is nested under, inside the language model's config."""
+"""A key, and the keys that it is nested under."""
 
 MOST_TIMES = 64
 """A key whose value goes more often into a width isn't tried."""
@@ -30,17 +33,25 @@ class NotComparableError(UnsupportedError):
 @dataclass
 class Found:
     """Values that make the stock model's tensors the wanted ones, and what other keys that were
-    tried would have changed besides."""
+    tried would have changed besides. `shared` are tensors of those that may widen along, which a
+    key widens with the wanted ones."""
 
     values: dict[Path, Any] = field(default_factory=dict)
     harmful: dict[Path, str] = field(default_factory=dict)
+    shared: frozenset[str] = frozenset()
 
 
 def find_width_keys(
-    config: Mapping[str, Any], have: Shapes, wanted: Shapes, widths: Iterable[tuple[int, int]]
+    config: Mapping[str, Any],
+    have: Shapes,
+    wanted: Shapes,
+    widths: Iterable[tuple[int, int]],
+    along: Shapes | None = None,
 ) -> Found:
     """The keys to set so that the tensors `wanted`, and no others, get those shapes; no values
-    if there are none. `have` are the shapes in the files, `widths` are the (old, new) widths.
+    if there are none. `have` are the shapes in the files, `widths` are the (old, new) widths;
+    tensors of `along` may get those other shapes with them, and are `shared` if they have to.
+    Tensors that the files lack, since they are tied to others, may do what they like.
 
     Raises NotComparableError where the stock model of `config` hasn't got those tensors.
     """
@@ -51,16 +62,20 @@ def find_width_keys(
             "the stock model of this config doesn't have these tensors in these shapes"
         )
     target = {names[name]: shape for name, shape in wanted.items()}
-    found, idle = Found(), {}
+    beside = {names[name]: shape for name, shape in (along or {}).items() if name in names}
+    lacking = now.keys() - set(names.values())
+    found, idle, shared = Found(), {}, set[str]()
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
         if path in found.values or covered == target:
             continue
-        changed = _changes(now, config, {path: value})
-        wrong = [name for name, shape in changed.items() if target.get(name) != shape]
+        changed = _changes(now, lacking, config, {path: value})
+        wrong = {name: shape for name, shape in changed.items() if target.get(name) != shape}
         if wrong:
             if len(wrong) < len(changed):
                 found.harmful.setdefault(path, min(wrong))
+                if wrong.items() <= beside.items():
+                    shared |= wrong.keys()
         elif changed.keys() - covered.keys():
             found.values[path] = value
             covered |= changed
@@ -68,50 +83,63 @@ def find_width_keys(
             idle[path] = value  # it may do nothing, or nothing alone
     if covered != target and idle:
         found.values |= idle
-    if not found.values or _changes(now, config, found.values) != target:
+    if not found.values or _changes(now, lacking, config, found.values) != target:
         found.values = {}
+        found.shared = frozenset(name for name in along or {} if names.get(name) in shared)
     return found
 
 
 def with_values(config: Mapping[str, Any], values: Mapping[Path, Any]) -> dict[str, Any]:
-    """The config with these values where the language model is described."""
-    part = dict(text_config(config))
+    """The config with these values."""
+    made = dict(config)
     for path, value in values.items():
-        inner = part
+        inner = made
         for key in path[:-1]:
             inner[key] = dict(inner.get(key) or {})
             inner = inner[key]
         inner[path[-1]] = value
-    return {**config, "text_config": part} if text_config(config) is not config else part
+    return made
 
 
 def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
     """The tensors of the stock model; None if it can't be built, as with values that its classes
     refuse."""
+    return _shapes_of(json.dumps(config))
+
+
+@lru_cache(maxsize=64)
+def _shapes_of(config: str) -> dict[str, tuple[int, ...]] | None:
     try:
-        return stored_shapes(config)
+        return stored_shapes(json.loads(config))
     except UnsupportedError:
         return None
 
 
 def _changes(
-    now: Shapes, config: Mapping[str, Any], values: Mapping[Path, Any]
+    now: Shapes, lacking: Collection[str], config: Mapping[str, Any], values: Mapping[Path, Any]
 ) -> dict[str, tuple[int, ...]]:
-    """The tensors that change shape with these values: none where that can't be built."""
+    """The tensors that change shape with these values, without those that are `lacking` in the
+    files: none where that can't be built."""
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
-    return changed | {name: () for name in now if name not in made}
+    changed |= {name: () for name in now if name not in made}
+    return {name: shape for name, shape in changed.items() if name not in lacking}
 
 
-def _as_stored(now: Shapes, have: Shapes, wanted: Shapes) -> dict[str, str] | None:
-    """The stock model's name of each wanted tensor. Files of a base model lack the prefix that a
-    model with a head has, and the other way round."""
+def _as_stored(now: Shapes, have: Shapes, wanted: Iterable[str]) -> dict[str, str] | None:
+    """The stock model's name of each tensor in the files, of which the wanted ones have to be
+    there. Files of a base model lack the prefix that a model with a head has, and the other way
+    round."""
     prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
-        names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
-        if len(names) == len(wanted) and all(now.get(o) == have[n] for n, o in names.items()):
+        names = {
+            name: own
+            for name, shape in have.items()
+            if name.startswith(cut) and now.get(own := add + name.removeprefix(cut)) == shape
+        }
+        if all(name in names for name in wanted):
             return names
     return None
 
@@ -120,35 +148,70 @@ def _candidates(
     config: Mapping[str, Any], widths: list[tuple[int, int]]
 ) -> Iterator[tuple[Path, Any]]:
     """Keys and what they would have to be, the likeliest first: those that hold an old width,
-    then those that a width is so many times of, or the hidden size times a width."""
-    part = text_config(config)
-    defaults = derived(config)
-    values = {**dict(_leaves(defaults)), **dict(_leaves(part))}
-    hidden = first(part, HIDDEN_KEYS) or first(defaults, HIDDEN_KEYS)
+    then those that a width is so many times of, or a hidden size times a width."""
+    values = {**dict(_leaves(completed(config))), **dict(_leaves(config))}
+    hidden = {
+        value for path, value in values.items() if path[-1] in HIDDEN_KEYS and type(value) is int
+    }
+    exact: list[tuple[Path, Any]] = []
     later: list[tuple[Path, Any]] = []
     for path, value in values.items():
+        if isinstance(value, list):
+            exact += [(path, made) for made in _lists(value, dict(widths)) if _named(path)]
+            continue
         for old, new in widths:
             if value == old and type(value) is int:
-                yield path, new
+                exact.append((path, new))
             elif value is None and _named(path):
                 later.append((path, new))
             elif type(value) is int and value > 1 and value * new % old == 0:
                 close = value % old == 0 or (old % value == 0 and old // value <= MOST_TIMES)
-                if close or (hidden is not None and value * hidden == old):
+                if close or any(value * size == old for size in hidden):
                     later.append((path, value * new // old))
-            elif type(value) is float and hidden is not None and value * hidden == old:
-                later.append((path, new / hidden))
-    yield from sorted(later, key=lambda item: not _named(item[0]))
+            elif type(value) is float and any(value * size == old for size in hidden):
+                later += [(path, new / size) for size in hidden if value * size == old]
+            elif type(value) in (int, float) and value and "ratio" in path[-1]:
+                later.append((path, value * new / old))
+    for several in (exact, later):
+        for named in (True, False):
+            yield from _each_once(item for item in several if _named(item[0]) == named)
+
+
+def _lists(values: list[Any], widths: Mapping[int, int]) -> Iterator[list[Any]]:
+    """A list with an entry for every layer: those that are an old width become the new one; or
+    else, as multiples of the hidden size, all grow by what the widths do."""
+    if not all(type(value) in (int, float) for value in values):
+        return
+    if any(value in widths for value in values):
+        yield [widths.get(value, value) for value in values]
+    elif values:
+        for old, new in widths.items():
+            scaled = [value * new / old for value in values]
+            yield [
+                int(v) if v.is_integer() and type(w) is int else v
+                for v, w in zip(scaled, values, strict=True)
+            ]
+
+
+def _each_once(items: Iterable[tuple[Path, Any]]) -> Iterator[tuple[Path, Any]]:
+    seen: list[tuple[Path, Any]] = []
+    for item in items:
+        if item not in seen:
+            seen.append(item)
+            yield item
 
 
 def _named(path: Path) -> bool:
     """Whether a key sounds like an MLP's width: those are tried first."""
-    return any(word in path[-1] for word in ("inter", "inner", "ffn", "ff_", "ffw", "mlp"))
+    words = ("inter", "inner", "ffn", "ff_", "ffw", "mlp", "_ff", "feed")
+    return any(word in path[-1] for word in words)
 
 
 def _leaves(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             yield from _leaves(value, (*above, key))
+        elif isinstance(value, (list, tuple)):
+            yield (*above, key), list(value)
         elif value is None or type(value) in (int, float):
             yield (*above, key), value

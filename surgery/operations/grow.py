@@ -21,7 +21,8 @@ from surgery.growth import Growth, Ranges
 from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.neurons import grown_tensors
 from surgery.operations.pairs import check_unquantized
-from surgery.operations.widths import widened_config
+from surgery.operations.scope import chosen_stacks, may_follow
+from surgery.operations.widths import widened_along, widened_config
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -39,6 +40,7 @@ def grow(
     factor: float | None = None,
     width: int | None = None,
     layers: str = "all",
+    scope: str | None = None,
     experts: ExpertKind = "all",
     multiple_of: int = 1,
     choose: Choose = "first",
@@ -56,6 +58,10 @@ def grow(
     the shards, which is added; with `uniform` the other layers are padded with zero neurons
     instead, so that any loader can read the result.
 
+    In a model of several parts `scope` says which stacks grow (see anatomy/scopes.py): the language
+    model where there is one beside towers for other inputs, unless given; all stacks of an
+    encoder-decoder. MLPs whose width is set by the same key of the config grow along.
+
     In a mixture every expert grows, routed and shared, and plain layers too; `experts` takes
     the "routed" or the "shared" ones alone. Experts that lie in one tensor copy the same neurons.
     A shared MLP that is as wide as several routed experts together stays so.
@@ -65,11 +71,19 @@ def grow(
     """
     _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break)
     check_unquantized(base=base)
-    mlps = _chosen(base, layers, experts)
+    stacks, left = chosen_stacks(base, scope)
+    mlps = _chosen(base, stacks, layers, experts)
     widths = _new_widths(base, mlps, factor, width, multiple_of)
     growths = [
         _growth(base, mlp, wide, choose, seed) for mlp, wide in zip(mlps, widths, strict=True)
     ]
+    if layers.strip() == "all" and experts == "all":
+        others = [
+            _growth(base, mlp, _new_width(mlp, factor, width, multiple_of), choose, seed)
+            for mlp in may_follow(base, mlps, scope)
+            if width is None or width > mlp.width
+        ]
+        growths += widened_along(base, growths, others)
     if uniform:
         growths = _padded(base, growths)
     tensors: dict[str, LazyTensor] = {}
@@ -82,6 +96,7 @@ def grow(
             "factor": factor if width is not None or factor is not None else 2.0,
             "width": width,
             "layers": layers,
+            **({} if scope is None else {"scope": scope}),
             **({} if experts == "all" else {"experts": experts}),
             "multiple_of": multiple_of,
             "choose": choose,
@@ -92,7 +107,7 @@ def grow(
         {"base": base.source},
         {"mlps": [growth.as_json() for growth in growths]},
     )
-    return base.edited(edit, tensors, config, companions, notes=_notes(base, growths))
+    return base.edited(edit, tensors, config, companions, notes=left + _notes(base, growths))
 
 
 def _notes(base: Checkpoint, growths: Sequence[Growth]) -> tuple[str, ...]:
@@ -150,16 +165,10 @@ def _resolution(dtype: str) -> float:
     return {"BF16": 2**-7, "F16": 2**-10, "F32": 2**-23, "F64": 2**-52}[dtype]
 
 
-def _chosen(base: Checkpoint, layers: str, experts: ExpertKind) -> list[MLP]:
+def _chosen(base: Checkpoint, stacks: Sequence[str], layers: str, experts: ExpertKind) -> list[MLP]:
     """The MLPs of the chosen layers. Raises with the reason for each that can't be grown."""
     anatomy = base.anatomy
-    stacks = sorted({stack for stack, _ in (*anatomy.mlps, *anatomy.experts, *anatomy.no_growth)})
-    if not stacks:
-        raise UnsupportedError(
-            f"{base.source.reference} has no MLP that was recognised: `surgery inspect` shows "
-            f"what was found"
-        )
-    by_block: dict[tuple[str, int], list[MLP]] = defaultdict(list)
+    by_block: dict[tuple[str, int | None], list[MLP]] = defaultdict(list)
     for mlp in anatomy.every_mlp:
         by_block[mlp.stack, mlp.block].append(mlp)
     chosen: list[MLP] = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,12 @@ from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, te
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
-from surgery.modeling.width_keys import NotComparableError, find_width_keys, with_values
+from surgery.modeling.width_keys import (
+    Found,
+    NotComparableError,
+    find_width_keys,
+    with_values,
+)
 from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_map
 
 
@@ -30,27 +35,53 @@ def widened_config(
         return config, companions  # tensors alone: there is no loader to tell
     if base.anatomy.experts:
         return _with_keys(base, config, growths), companions
-    widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
+    widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
     before = stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
-    widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
-    alike = len(set(widths.values())) == 1 and len({stack for stack, _ in widths}) == 1
-    if alike and WIDTHS_KEY not in base.config:
-        with suppress(NotComparableError):  # what transformers doesn't know is told by its names
+    after = {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
+    widths |= {key: after[key] for key in widths if key in after}
+    if WIDTHS_KEY not in base.config and not _layers_differ(base, widths):
+        try:
             return _with_keys(base, config, growths), companions
+        except NotComparableError:  # what transformers doesn't know is told by its names
+            if len({growth.mlp.stack for growth in growths}) > 1 or base.anatomy.several:
+                raise
     return settle_widths(base, config, companions, widths, before)
+
+
+def _layers_differ(base: Checkpoint, widths: Mapping[tuple[str, int], int]) -> bool:
+    """Whether layers of a stack that were as wide as each other are so no more."""
+    made: dict[tuple[str, int], set[int]] = defaultdict(set)
+    for (stack, block), width in widths.items():
+        made[stack, base.anatomy.mlps[stack, block].width].add(width)
+    return any(len(several) > 1 for several in made.values())
+
+
+def widened_along(
+    base: Checkpoint, growths: Sequence[Growth], others: Sequence[Growth]
+) -> list[Growth]:
+    """Those of `others` whose MLPs share a key of the config with `growths`: they widen together
+    or not at all. None where other keys will do."""
+    config = without_auto_map(base.settled_config)
+    joined: list[Growth] = []
+    left = list(others)
+    while config and left and WIDTHS_KEY not in base.config:
+        try:
+            found = _find_keys(base, config, [*growths, *joined], left)
+        except NotComparableError:
+            break
+        more = [growth for growth in left if found.shared & set(growth.mlp.tensors)]
+        if not more:
+            break
+        joined += more
+        left = [growth for growth in left if growth not in more]
+    return joined
 
 
 def _with_keys(
     base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
 ) -> dict[str, Any]:
     """The config with the keys that give the grown tensors their shapes, and no others."""
-    have, wanted = {}, {}
-    for growth in growths:
-        for name, _, axis in growth.mlp.axes():
-            have[name] = base[name].shape
-            wanted[name] = growth.shape(base[name].shape, axis)
-    widths = {(growth.mlp.width, growth.width) for growth in growths}
-    found = find_width_keys(config, have, wanted, widths)
+    found = _find_keys(base, config, growths, ())
     if found.values:
         return with_values(config, found.values)
     kinds = {mlp.kind for mlp in base.anatomy.every_mlp}
@@ -60,11 +91,28 @@ def _with_keys(
     harm = "".join(
         f"; {'.'.join(key)} would change {name} too" for key, name in found.harmful.items()
     )
-    said = ", ".join(f"{old:,} -> {new:,}" for old, new in sorted(widths))
+    widths = sorted({(growth.mlp.width, growth.width) for growth in growths})
+    said = ", ".join(f"{old:,} -> {new:,}" for old, new in widths)
     raise UnsupportedError(
         f"{base.source.reference}: no keys of config.json give these MLPs their new widths "
         f"({said}) and leave the others{harm}: {advice}"
     )
+
+
+def _find_keys(
+    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth], others: Sequence[Growth]
+) -> Found:
+    def grown(these: Sequence[Growth]) -> dict[str, tuple[int, ...]]:
+        return {
+            name: growth.shape(base[name].shape, axis)
+            for growth in these
+            for name, _, axis in growth.mlp.axes()
+        }
+
+    wanted, along = grown(growths), grown(others)
+    have = {name: tensor.shape for name, tensor in base.items()}
+    widths = {(growth.mlp.width, growth.width) for growth in (*growths, *others)}
+    return find_width_keys(config, have, wanted, widths, along)
 
 
 def settle_widths(

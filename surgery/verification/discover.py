@@ -14,9 +14,11 @@ def discover_growths(base: Checkpoint, other: Checkpoint) -> list[Growth]:
     """The growths that made `other` of `base`, for MLPs that keep the base's neurons in place
     and have copies or zeros behind them; nothing if one is wider in another way."""
     growths = []
-    wider = {frozenset(mlp.tensors): mlp for mlp in other.anatomy.every_mlp}
-    for mlp in base.anatomy.every_mlp:
+    wider = {frozenset(mlp.tensors): mlp for mlp in other.anatomy.all_mlps}
+    for mlp in base.anatomy.all_mlps:
         wide = wider.get(frozenset(mlp.tensors))
+        if wide is None and mlp in base.anatomy.beside:
+            continue  # the certificate looks at its tensors
         if wide is None or wide.width < mlp.width:
             return []
         if wide.width > mlp.width:

@@ -143,7 +143,7 @@ def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
     for details in (_in_history(base, other, "grow"), _in_record(base, other, "grow")):
         if details:
             try:
-                return growths_of(details["mlps"], base.anatomy.every_mlp)
+                return growths_of(details["mlps"], base.anatomy.all_mlps)
             except (KeyError, TypeError, ValueError):
                 continue  # the record tells of another base: the weights decide
     return discover_growths(base, other)

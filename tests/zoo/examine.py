@@ -193,11 +193,15 @@ def check_diff(base: Checkpoint, tuned: Checkpoint) -> None:
 
 
 def check_growth(
-    tiny: Tiny, base: Checkpoint, factor: float, before: Callable[[], torch.Tensor]
-) -> None:
+    tiny: Tiny,
+    base: Checkpoint,
+    factor: float,
+    before: Callable[[], torch.Tensor],
+    scope: str | None = None,
+) -> list[Growth]:
     """The certificate holds and the logits stay what they were before; with the split forgotten
-    neither is so."""
-    grown = grow(base, factor=factor)
+    neither is so. A random choice, so that neurons that aren't of one MLP would be told."""
+    grown = grow(base, factor=factor, scope=scope, choose="random")
     growths = list(find_growths(base, grown))
     assert growths, "no growth was found in what was grown"
     certificate = certify(base, grown, growths)
@@ -206,13 +210,14 @@ def check_growth(
     if wrong is not None:
         assert not certify(base, wrong, growths).holds, "the certificate holds without the split"
     if not (tiny.kind.tokens and tiny.runs):
-        return
+        return growths
     outputs = before()
     off = apart(logits(grown), outputs)
     assert off <= SAME, f"logits are apart by {off:.3g}"
     if wrong is not None:
         off = apart(logits(wrong), outputs)
         assert off > 3 * SAME, f"without the split logits are apart by {off:.3g} only"
+    return growths
 
 
 def _without_split(base: Checkpoint, grown: Checkpoint, growths: list[Growth]) -> Checkpoint:

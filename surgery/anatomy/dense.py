@@ -1,0 +1,122 @@
+"""The plain MLPs of all blocks, those of blocks that have several, and those outside the blocks."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from surgery.anatomy.experts import Experts
+from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
+from surgery.anatomy.places import Place, Role
+from surgery.anatomy.several import another_may_be, find_several, misread
+from surgery.tensor import LazyTensor
+
+Key = tuple[str, int]
+Tensors = Mapping[str, LazyTensor]
+
+
+@dataclass
+class Dense:
+    """`mlps` where a block has one, `several` where it has more, `beside` what is in a block next
+    to its one MLP, or outside the blocks; `no_growth` says why those of a block can't grow."""
+
+    mlps: dict[Key, MLP] = field(default_factory=dict)
+    several: dict[Key, tuple[MLP, ...]] = field(default_factory=dict)
+    beside: list[MLP] = field(default_factory=list)
+    no_growth: dict[Key, str] = field(default_factory=dict)
+
+
+def find_dense(
+    tensors: Tensors,
+    places: Mapping[str, Place],
+    hidden: Mapping[Key, int | None],
+    widths: set[int],
+    experts: Mapping[Key, Experts],
+) -> Dense:
+    """What there is of them. `hidden` has the size of every block, `widths` are those that the
+    config gives, `experts` what of a block belongs to a mixture."""
+    found = Dense()
+    blocks, outside = _apart(tensors, places, experts)
+    in_out = {stack: stores_in_out(inside) for stack, inside in _by_stack(blocks).items()}
+    for key, inside in blocks.items():
+        _look(found, key, inside, places, hidden[key], widths, in_out[key[0]], key in experts)
+    for mlp, problem in find_several(
+        "", None, outside, places, None, widths, in_out=False, uneven=True
+    ):
+        if problem is None:
+            found.beside.append(mlp)
+    routed = {
+        (place.stack, place.block)
+        for place in places.values()
+        if place.role is Role.ROUTER and place.stack is not None and place.block is not None
+    }
+    lost = routed - experts.keys() - found.mlps.keys()
+    found.no_growth |= dict.fromkeys(lost, "it is a mixture whose experts weren't found")
+    for key, mixture in experts.items():
+        if mixture.problems:
+            problems = "; ".join(mixture.problems)
+            found.no_growth[key] = f"its experts aren't understood: {problems}"
+    return found
+
+
+def _look(
+    found: Dense,
+    key: Key,
+    inside: Tensors,
+    places: Mapping[str, Place],
+    hidden: int | None,
+    widths: set[int],
+    in_out: bool,
+    mixture: bool,
+) -> None:
+    """Add what one block has."""
+    roles = (Role.UNKNOWN, Role.NORM, Role.MLP)
+    plain = {name: tensor for name, tensor in inside.items() if places[name].role in roles}
+    mlp: MLP | str | None = "the hidden size is unknown: no config, embedding or norm tells it"
+    if hidden is not None:
+        mlp = find_mlp(*key, plain, hidden, widths, in_out)
+    if isinstance(mlp, MLP) and not misread(mlp, inside, places):
+        found.mlps[key] = mlp
+        if others := follows_width(mlp, plain):
+            found.no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+        left = {name: tensor for name, tensor in inside.items() if name not in mlp.tensors}
+        more = find_several(*key, left, places, hidden, widths, in_out, uneven=True)
+        found.beside += [other for other, problem in more if problem is None]
+        return
+    if mixture:
+        return  # what is beside experts stays as it is
+    these = find_several(*key, inside, places, hidden, widths, in_out)
+    if these and not another_may_be([mlp for mlp, _ in these], inside, places):
+        found.several[key] = tuple(mlp for mlp, _ in these)
+        if problems := [problem for _, problem in these if problem is not None]:
+            found.no_growth[key] = "; ".join(problems)
+    elif mlp is not None:
+        found.no_growth[key] = (
+            f"the MLP that it seems to have leads to another size than {mlp.hidden}"
+            if isinstance(mlp, MLP)
+            else mlp
+        )
+
+
+def _apart(
+    tensors: Tensors, places: Mapping[str, Place], experts: Mapping[Key, Experts]
+) -> tuple[dict[Key, dict[str, LazyTensor]], dict[str, LazyTensor]]:
+    """The tensors of every block without those of its experts, and those outside the blocks."""
+    blocks: dict[Key, dict[str, LazyTensor]] = defaultdict(dict)
+    outside = {}
+    for name, place in places.items():
+        if place.stack is None or place.block is None:
+            outside[name] = tensors[name]
+        elif (key := (place.stack, place.block)) not in experts or (
+            name not in experts[key].tensors
+        ):
+            blocks[key][name] = tensors[name]
+    return blocks, outside
+
+
+def _by_stack(blocks: Mapping[Key, Tensors]) -> dict[str, dict[str, LazyTensor]]:
+    stacks: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+    for (stack, _), inside in blocks.items():
+        stacks[stack] |= inside
+    return stacks
