@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson, Threads
+from .options import MODEL, AnatomyFile, AsJson, Scope, Threads
 from .output import console, groups, print_json, progress, table
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def diff(
     plot: Annotated[
         Path | None, typer.Option(help="Write a heat-map of the relative updates, as PNG or SVG.")
     ] = None,
+    scope: Scope = None,
     anatomy: AnatomyFile = None,
     json: AsJson = False,
     threads: Threads = None,
@@ -37,7 +38,12 @@ def diff(
     first, second = open_model(base, anatomy), open_model(other, anatomy)
     with progress("comparing", second.nbytes) as advance:
         found = surgery.diff(
-            first, second, effective_rank=effective_rank, threads=threads, progress=advance
+            first,
+            second,
+            effective_rank=effective_rank,
+            scope=scope,
+            threads=threads,
+            progress=advance,
         )
     if plot is not None:
         from .heatmap import draw

@@ -19,12 +19,13 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    Scope,
     Threads,
     Verify,
     VerifyDtype,
     VerifyDtypeOption,
 )
-from .output import block_ranges, console, count, note, table
+from .output import block_ranges, console, count, table
 from .writes import Proof, Target, write_proven
 from .writes import dry_run as show_plan
 
@@ -58,6 +59,7 @@ def grow(
     layers: Annotated[
         str, typer.Option(help='"all", or blocks from 0, and back from -1: "8-15", "0,4,-1".')
     ] = "all",
+    scope: Scope = None,
     experts: Annotated[
         Experts,
         typer.Option(
@@ -98,7 +100,8 @@ def grow(
     """Grow, don't overwrite: widen MLPs so that the function stays exactly the same.
 
     Neurons are copied, and each one's outgoing weights are split among its copies so that they
-    sum to what they were, bit for bit. The result is verified before it is written, and again
+    sum to what they were, bit for bit. Of a model that reads images or audio the language model
+    grows, unless --scope says otherwise; of an encoder-decoder both do. The result is verified before it is written, and again
     as it lies on disk. arXiv 2603.08647.
     """
     import surgery
@@ -111,6 +114,7 @@ def grow(
         factor=factor,
         width=width,
         layers=layers,
+        scope=scope,
         experts=experts.value,
         multiple_of=multiple_of,
         choose="first" if dry_run and choose is Choose.norm else choose.value,
@@ -139,7 +143,9 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     alike: dict[tuple[Any, ...], set[int]] = {}
     for mlp in mlps:
         key = mlp["stack"], _KINDS[mlp["kind"]], *mlp["width"], mlp["padding"]
-        alike.setdefault(key, set()).add(mlp["block"])
+        blocks = alike.setdefault(key, set())
+        if mlp["block"] is not None:  # None for one outside the blocks
+            blocks.add(mlp["block"])
     for (stack, kind, before, after, padding), blocks in alike.items():
         padded = f"{padding:,}" if padding else ""
         named = (kind,) if mixture else ()
@@ -149,7 +155,5 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
-    for text in grown.notes[len(given.notes) :]:
-        note(text)
     if "mlp_widths" in grown.config:
         out.print("Layers differ in width: load it with trust_remote_code=True.")

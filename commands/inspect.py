@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson
+from .options import MODEL, AnatomyFile, AsJson, Scope
 from .output import block_ranges, console, count, print_json, size, table
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 def inspect(
     model: Annotated[str, typer.Argument(help=MODEL)],
+    scope: Scope = None,
     anatomy: AnatomyFile = None,
     as_anatomy: Annotated[
         bool,
@@ -34,15 +35,15 @@ def inspect(
 
         typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
         return
-    report = describe(checkpoint)
+    report = describe(checkpoint, scope)
     if json:
         print_json(report)
     else:
         _print(report)
 
 
-def describe(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The report as plain data."""
+def describe(checkpoint: Checkpoint, scope: str | None = None) -> dict[str, Any]:
+    """The report as plain data, with the blocks that `scope` means."""
     from surgery.anatomy.infer import HEAD_KEYS, first, text_config
 
     quantization = checkpoint.quantization
@@ -64,7 +65,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(recognised, quantized=quantization is not None),
+        "blocks": _blocks(recognised, scope, quantized=quantization is not None),
         "unrecognised": anatomy.unrecognised,
         "notes": [*recognised.notes, *anatomy.notes],
         "companions": sorted(checkpoint.companions),
@@ -85,8 +86,10 @@ def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
         return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
 
 
-def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
-    """Every block: its parameters, its MLP, and why that can't be grown if so."""
+def _blocks(checkpoint: Checkpoint, scope: str | None, *, quantized: bool) -> list[dict[str, Any]]:
+    """Every block: its parameters, its MLPs, and why those can't be grown if so."""
+    from surgery.anatomy.scopes import in_scope, part_of
+
     packed = "its weights are quantized" if quantized else None
     anatomy = checkpoint.anatomy
     parameters: Counter[tuple[str, int]] = Counter()
@@ -94,13 +97,15 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
         if place.stack is not None and place.block is not None:
             parameters[place.stack, place.block] += checkpoint[name].numel
     described = []
-    for stack, depth in anatomy.stacks.items():
-        for block in range(depth):
-            mlp = anatomy.mlps.get((stack, block))
+    for stack in anatomy.stacks if scope is None else in_scope(anatomy.stacks, scope):
+        for block in range(anatomy.stacks[stack]):
+            mlps = anatomy.in_block(stack, block)
+            mlp = mlps[0] if mlps else None
             experts = anatomy.experts.get((stack, block), ())
             described.append(
                 {
                     "stack": stack,
+                    "part": part_of(stack),
                     "block": block,
                     "parameters": parameters[stack, block],
                     "mlp": None
@@ -113,6 +118,7 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
                     },
+                    "mlps": len(mlps),
                     "experts": [
                         {
                             "kind": expert.kind,
@@ -176,7 +182,7 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for block in blocks:
         mlp = block["mlp"] or {}
-        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"))
+        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"), block["mlps"])
         experts = _experts(block["experts"])
         key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
         alike.setdefault(key, []).append(block["block"])
@@ -186,11 +192,12 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     )  # fmt: skip
     made.columns[-1].no_wrap = False
     for (
-        (stack, parameters, width, gated, fused, layout, experts, reason),
+        (stack, parameters, width, gated, fused, layout, many, experts, reason),
         numbers,
     ) in alike.items():
         kind = "gated" if gated else "plain"
         kind = f"{kind}, fused" if fused else kind if width else ""
+        kind = f"{many} {kind}" if many > 1 else kind
         mlps = "; ".join(filter(None, (kind, experts)))
         made.add_row(
             stack,

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    DryRun,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    Scope,
+    Threads,
+)
 from .output import console, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -37,6 +47,7 @@ def lines(
         Outside,
         typer.Option(help="Final norm and head: alpha, or the last block's scale (depth)."),
     ] = Outside.alpha,
+    scope: Scope = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -47,7 +58,8 @@ def lines(
     """LiNeS: keep what fine-tuning taught, and get back what it overwrote.
 
     Each block's update is scaled with its depth, from alpha in the first to alpha + beta in the
-    last: theta = theta_base + lambda(l) * (theta_tuned - theta_base). arXiv 2410.17146.
+    last: theta = theta_base + lambda(l) * (theta_tuned - theta_base). With --scope
+    the tensors of other parts stay as the tuned model has them. arXiv 2410.17146.
     """
     import surgery
 
@@ -58,6 +70,7 @@ def lines(
         alpha=alpha,
         beta=beta,
         outside=outside.value,
+        scope=scope,
     )
     if dry_run:
         show_plan(edited, target)

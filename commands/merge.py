@@ -9,7 +9,17 @@ import typer
 from surgery.errors import ArgumentError
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    DryRun,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    Scope,
+    Threads,
+)
 from .output import console, progress, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -58,6 +68,7 @@ def merge(
         typer.Option(min=1, metavar="N", help="Round the rows up, with --tokenizer."),
     ] = None,
     seed: Annotated[int, typer.Option(help="For methods that drop at random.")] = 0,
+    scope: Scope = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -69,7 +80,8 @@ def merge(
 
     `surgery methods` lists the methods, their parameters and their papers. With --lines auto
     the merged update is scaled with depth as LiNeS does, its alpha worked out from the models
-    and its beta the method's lambda. arXiv 2410.17146.
+    and its beta the method's lambda. arXiv 2410.17146. With --scope the tensors of other parts are
+    the base's.
     """
     import surgery
     from surgery.writing.staging import check_target
@@ -98,6 +110,7 @@ def merge(
             lines=scaling,
             tokenizer=vocabulary,
             pad_to_multiple_of=pad_to_multiple_of,
+            scope=scope,
             threads=threads,
             progress=advance,
             **given,

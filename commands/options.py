@@ -79,6 +79,15 @@ AnatomyFile = Annotated[
         "prints what to start from.",
     ),
 ]
+Scope = Annotated[
+    str | None,
+    typer.Option(
+        "--scope",
+        metavar="language|vision|audio|encoder|decoder|all|STACK",
+        help="The part of the model that is meant: by its kind, or by the name of a stack that "
+        "`surgery inspect` prints.",
+    ),
+]
 Report = Annotated[
     Path | None,
     typer.Option("--report", help="Write what was verified to this file, as JUnit's XML."),

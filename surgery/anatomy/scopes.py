@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection, Sequence
 
+from surgery.anatomy.infer import Anatomy
 from surgery.errors import ArgumentError
 
 SCOPES = ("all", "language", "vision", "audio", "connector", "encoder", "decoder")
@@ -50,11 +51,7 @@ def usual(stacks: Sequence[str], *, speaks: bool) -> list[str]:
 def in_scope(stacks: Collection[str], scope: str) -> list[str]:
     """The stacks that `scope` means: one of SCOPES, or the name of a stack or of a module around
     stacks. Raises ArgumentError where there is none."""
-    chosen = [
-        stack
-        for stack in stacks
-        if scope in ("all", part_of(stack), side_of(stack), stack) or stack.startswith(f"{scope}.")
-    ]
+    chosen = [stack for stack in stacks if _meant(stack, scope)]
     if not chosen:
         known = ", ".join(f"{stack or '(top)'} ({part_of(stack)})" for stack in stacks)
         raise ArgumentError(
@@ -62,3 +59,20 @@ def in_scope(stacks: Collection[str], scope: str) -> list[str]:
             f"{', '.join(SCOPES)} or the name of a stack"
         )
     return chosen
+
+
+def names_in_scope(anatomy: Anatomy, scope: str | None) -> set[str]:
+    """The tensors that `scope` means: those of its stacks, and those outside the stacks whose own
+    names say so. All of them where there is no scope. Raises as `in_scope` does."""
+    if scope is None:
+        return set(anatomy.places)
+    stacks = in_scope(anatomy.stacks, scope)
+    return {
+        name
+        for name, place in anatomy.places.items()
+        if (_meant(name, scope) if place.stack is None else place.stack in stacks)
+    }
+
+
+def _meant(name: str, scope: str) -> bool:
+    return scope in ("all", part_of(name), side_of(name), name) or name.startswith(f"{scope}.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.operations.dequantize import computable
@@ -60,17 +61,21 @@ def diff(
     other: Checkpoint,
     *,
     effective_rank: bool = False,
+    scope: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Difference:
-    """Compare `other` with `base`. `effective_rank` takes an SVD of every changed matrix.
+    """Compare `other` with `base`. `effective_rank` takes an SVD of every changed matrix; with
+    `scope` ("language", "vision", the name of a stack) only those tensors are looked at.
 
     8-bit floats are compared by what they stand for, times their scales; types and config are
     those of the files. Raises UnsupportedError for other packed weights.
     """
     stored = base, other
     base, other = computable(base=base, other=other)
-    common = [name for name in base if name in other and base[name].shape == other[name].shape]
+    ours, theirs = (names_in_scope(model.anatomy, scope) for model in (base, other))
+    names = [name for name in base if name in ours]
+    common = [name for name in names if name in other and base[name].shape == other[name].shape]
     sums = _sums(base, other, common, threads, progress)
     ranks: dict[str, float] = {}
     if effective_rank:
@@ -87,11 +92,11 @@ def diff(
     return Difference(
         changes=tuple(changes.values()),
         outside=tuple(changes[n] for n in common if base.anatomy.places[n].stack is None),
-        added=tuple(name for name in other if name not in base),
-        removed=tuple(name for name in base if name not in other),
+        added=tuple(name for name in other if name not in base and name in theirs),
+        removed=tuple(name for name in names if name not in other),
         reshaped={
             name: (base[name].shape, other[name].shape)
-            for name in base
+            for name in names
             if name in other and base[name].shape != other[name].shape
         },
         retyped={

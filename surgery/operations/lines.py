@@ -8,6 +8,7 @@ from math import isfinite
 from typing import Literal
 
 from surgery.anatomy import Anatomy, Place, Role
+from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DType
 from surgery.errors import ArgumentError
@@ -30,13 +31,16 @@ def lines(
     alpha: float,
     beta: float | None = None,
     outside: Outside = "alpha",
+    scope: str | None = None,
 ) -> Checkpoint:
     """theta = theta_base + lambda(l) * (theta_tuned - theta_base), block by block.
 
     lambda(l) = alpha + beta * (l - 1) / (L - 1) for block l = 1..L of each stack (eq. 3);
     `beta` is 1 - alpha unless given, so that the last block keeps its whole update. Tensors
     outside the blocks get alpha; with `outside="depth"` the final norm and the head get
-    alpha + beta. The result has the dtypes, the config and the companion files of `tuned`.
+    alpha + beta. With `scope` ("language", "vision", "encoder", the name of a stack; see
+    anatomy/scopes.py) only the updates of those tensors are scaled, and the others stay as they
+    are in `tuned`. The result has the dtypes, the config and the companion files of `tuned`.
 
     Raises ArgumentError, MismatchError or UnsupportedError, before any tensor is read.
     """
@@ -52,6 +56,7 @@ def lines(
     base, tuned = computable(base=base, tuned=tuned)
     check_pair(base, tuned, vocabularies=ALIGN_FIRST)
     anatomy = tuned.anatomy
+    meant = names_in_scope(anatomy, scope)
     scales = {
         name: scale_of(place, anatomy, alpha, beta, outside)
         for name, place in anatomy.places.items()
@@ -66,15 +71,18 @@ def lines(
         )
         for name, tensor in tuned.items()
         if tensor.dtype.kind == "float" and anatomy.places[name].role is not Role.BUFFER
+        if name in meant
     }
     edit = Edit(
         "lines",
-        {"alpha": alpha, "beta": beta, "outside": outside},
+        {"alpha": alpha, "beta": beta, "outside": outside}
+        | ({} if scope is None else {"scope": scope}),
         {"base": base.source, "tuned": tuned.source},
         {
             "scales": {
                 stack: [depth_scale(block, depth, alpha, beta) for block in range(depth)]
                 for stack, depth in anatomy.stacks.items()
+                if scope is None or any(anatomy.places[name].stack == stack for name in meant)
             },
             "outside": {
                 name: scales[name]

@@ -6,12 +6,13 @@ what isn't merged, and LiNeS on top.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from surgery.anatomy import Role, untied_config
+from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError
@@ -41,6 +42,7 @@ def merge(
     per_tensor: PerTensor | None = None,
     tokenizer: Tokenizer | None = None,
     pad_to_multiple_of: int | None = None,
+    scope: str | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
     **parameters: Any,
@@ -60,6 +62,9 @@ def merge(
     Models whose vocabularies differ are refused unless `tokenizer` says whose is wanted: "base",
     "union", or a checkpoint; rows are then matched by token (see `align_vocabulary`), and
     `pad_to_multiple_of` rounds their number up.
+
+    With `scope` ("language", "vision", "encoder", the name of a stack; see anatomy/scopes.py) only
+    those tensors are merged, and the others are the base's, or the first model's.
 
     Integers and buffers stay as they are. Dtypes, config and companion files are those of the
     base, or of the first model if the method takes none. Raises ArgumentError, MismatchError or
@@ -82,7 +87,10 @@ def merge(
             models, base=base, tokenizer=tokenizer, pad_to_multiple_of=pad_to_multiple_of
         )
         check_together(models, base)
-    merging = _Merging(chosen, models, base, seed, given, per_tensor, _float_type(dtype))
+    if scope is not None and dtype is not None:
+        raise ArgumentError("give scope or dtype: with both, what isn't merged keeps its own type")
+    meant = names_in_scope((models[0] if base is None else base).anatomy, scope)
+    merging = _Merging(chosen, models, base, seed, given, per_tensor, _float_type(dtype), meant)
     values |= dict.fromkeys(merging.varying, "differs by tensor")
     if lines is not None and "lambda" in merging.varying:
         raise ArgumentError("lines takes lambda as its beta, which is one number for all tensors")
@@ -105,6 +113,7 @@ def merge(
             **({"seed": seed} if chosen.random else {}),
             "lines": list(lines) if isinstance(lines, tuple) else lines,
             **({} if dtype is None else {"dtype": dtype}),
+            **({} if scope is None else {"scope": scope}),
         },
         {
             **({} if base is None else {"base": base.source}),
@@ -151,6 +160,7 @@ class _Merging:
         given: Mapping[str, Any],
         per_tensor: PerTensor | None,
         dtype: DType | None,
+        meant: Collection[str],
     ) -> None:
         self.method, self.models, self.base, self.seed = method, models, base, seed
         self.first = models[0] if base is None else base
@@ -164,8 +174,10 @@ class _Merging:
             for name, tensor in self.first.items()
             if tensor.dtype.kind == "float"
             and self.first.anatomy.places[name].role is not Role.BUFFER
+            and name in meant
         ]
-        if self.head is not None and self.head not in self.first:
+        of_head = self.first.anatomy.embedding
+        if self.head is not None and self.head not in self.first and of_head in meant:
             self.names.append(self.head)
         self.values = self._values(given, per_tensor)
         first_values = next(iter(self.values.values()), {})
@@ -221,7 +233,7 @@ class _Merging:
         config = self.first.settled_config
         for dtype in self.dtypes.values():
             config = with_dtype(config, dtype)
-        if self.tied or self.head is None or not self.first.anatomy.tied:
+        if self.tied or self.head not in self.names or not self.first.anatomy.tied:
             return config
         return untied_config(config)
 

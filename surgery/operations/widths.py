@@ -88,6 +88,10 @@ def _with_keys(
     advice = "grow all layers alike, or pass --uniform"
     if len(kinds) > 1:
         advice += "; --experts all grows every kind"
+    grown = {growth.mlp.stack for growth in growths}
+    places = (base.anatomy.places.get(name) for name in found.harmful.values())
+    if any(place is not None and place.stack not in (None, *grown) for place in places):
+        advice += "; --scope all grows stacks that share a key together"
     harm = "".join(
         f"; {'.'.join(key)} would change {name} too" for key, name in found.harmful.items()
     )

@@ -188,6 +188,7 @@ class _Builder:
                 dtype=given.dtype,
                 tokenizer=self._tokenizer(given),
                 pad_to_multiple_of=given.pad_to_multiple_of,
+                scope=given.scope,
                 per_tensor=per_tensor,
                 threads=self.work.threads,
                 progress=advance,
@@ -206,6 +207,7 @@ class _Builder:
             alpha=given.alpha,
             beta=given.beta,
             outside=given.outside,
+            scope=given.scope,
         )
 
     def _grow(self, given: GrowArguments) -> Checkpoint:
@@ -215,6 +217,7 @@ class _Builder:
             factor=given.factor,
             width=given.width,
             layers=str(given.layers),
+            scope=given.scope,
             experts=given.experts,
             multiple_of=given.multiple_of,
             choose="first" if measured else given.choose,

@@ -66,6 +66,7 @@ class MergeArguments(Arguments):
     dtype: Literal["float32", "float64", "float16", "bfloat16"] | None = None
     tokenizer: str | None = None
     pad_to_multiple_of: int | None = None
+    scope: str | None = None
 
     @property
     def names(self) -> list[str]:
@@ -96,6 +97,7 @@ class LinesArguments(Arguments):
     alpha: float
     beta: float | None = None
     outside: Literal["alpha", "depth"] = "alpha"
+    scope: str | None = None
 
 
 class GrowArguments(Arguments):
@@ -107,6 +109,7 @@ class GrowArguments(Arguments):
     factor: float | None = None
     width: int | None = None
     layers: str | int = "all"
+    scope: str | None = None
     experts: Literal["all", "routed", "shared"] = "all"
     multiple_of: int = 1
     choose: Literal["first", "random", "norm"] = "first"

@@ -94,6 +94,7 @@ def update_norms(weights: Weights, tallies: Mapping[str, float]) -> dict[str, An
                 _norms(square, scale) for square, scale in zip(values, scales[stack], strict=True)
             ]
             for stack, values in squares.items()
+            if stack in scales  # a scope leaves others as they are
         },
         "outside": {
             name: _norms(square, edit.details["outside"][name]) for name, square in outside.items()

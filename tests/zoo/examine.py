@@ -51,7 +51,10 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         "mlp": mlp_kind(base),
     }
     before = cache(lambda: logits(base))
-    checks: dict[str, Callable[[], None]] = {
+    left = left_out(base)
+    if left:
+        result["left out"] = left
+    checks: dict[str, Callable[[], object]] = {
         "anatomy": lambda: check_anatomy(tiny, base),
         "lines": lambda: check_lines(base, tuned[0]),
         "merge": lambda: check_merge(base, tuned),
@@ -59,6 +62,8 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         "grow 2": lambda: check_growth(tiny, base, 2, before),
         "grow 1.5": lambda: check_growth(tiny, base, 1.5, before),
     }
+    if left:
+        checks["grow all"] = lambda: check_growth(tiny, base, 1.5, before, scope="all")
     refused = {}
     for name, check in checks.items():
         try:
@@ -76,10 +81,21 @@ def reason(problems: tuple[str, ...], base: Checkpoint) -> str:
     return re.sub(r"\.\d+(?=[ .])", ".*", text)
 
 
+def left_out(base: Checkpoint) -> list[str]:
+    """The stacks with MLPs that grow only if they are asked for."""
+    try:
+        grown = {growth.mlp.stack for growth in find_growths(base, grow(base))}
+    except UnsupportedError:
+        return []
+    return sorted({mlp.stack for mlp in base.anatomy.every_mlp} - grown)
+
+
 def mlp_kind(base: Checkpoint) -> str:
     """What kinds of MLP were found."""
     kinds = set()
-    for mlp in base.anatomy.mlps.values():
+    for mlp in base.anatomy.every_mlp:
+        if mlp.kind != "dense":
+            continue
         fused = ", fused" if mlp.ups[0].parts == 2 else ""
         kinds.add(("gated" if mlp.gated else "plain") + fused)
     if any(place.role.value == "expert" for place in base.anatomy.places.values()):
