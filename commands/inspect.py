@@ -182,7 +182,13 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for block in blocks:
         mlp = block["mlp"] or {}
-        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"), block["mlps"])
+        look = (
+            mlp.get("width"),
+            mlp.get("gated"),
+            mlp.get("fused"),
+            mlp.get("layout"),
+            block["mlps"],
+        )
         experts = _experts(block["experts"])
         key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
         alike.setdefault(key, []).append(block["block"])

@@ -130,9 +130,10 @@ def find_mlp(
     }
     downs: dict[str, int] = {}
     ups: dict[str, int] = {}
+    last = _second_of_two(list(matrices))
     for name, tensor in matrices.items():
         rows, columns = reversed(tensor.shape) if by_bias.get(name, in_out) else tensor.shape
-        named_down = bool(DOWN.search(name.rpartition(".")[0]))
+        named_down = name == last or bool(DOWN.search(name.rpartition(".")[0]))
         if rows == columns:
             (downs if named_down else ups)[name] = columns
         elif rows == hidden:
@@ -194,6 +195,7 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
         name
         for name, tensor in tensors.items()
         if name not in known and mlp.width in tensor.shape and name.startswith(own)
+        if tensor.dtype.kind != "integer"  # an index, which counts something else
         if mlp.width != mlp.hidden or (own and len(tensor.shape) == 1)
     ]
 
@@ -206,6 +208,13 @@ def module_of(block: str, names: Iterable[str]) -> str:
     )
     module = "".join(f"{parts[0]}." for parts in shared)
     return module if len(module) > len(block) else ""
+
+
+def _second_of_two(names: list[str]) -> str | None:
+    """The higher of two names that differ in a number alone: "dense1" and "dense2"."""
+    if len(names) != 2 or len({re.sub(r"\d+", "", name) for name in names}) != 1:
+        return None
+    return max(names, key=lambda name: list(map(int, re.findall(r"\d+", name))))
 
 
 def _ups_of(down: str, candidates: list[str]) -> list[str]:

@@ -127,6 +127,8 @@ def _stacks(names: Iterable[str], depth: int | None) -> dict[str, int]:
     stacks = {
         prefix: len(blocks) for prefix, blocks in found.items() if _is_stack(prefix, blocks, depth)
     }
+    if not stacks:  # ALBERT: one block that is run again and again
+        stacks = {prefix: 1 for prefix, blocks in found.items() if _is_one_block(prefix, blocks)}
     return {
         prefix: length
         for prefix, length in stacks.items()
@@ -147,6 +149,12 @@ def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) ->
     several = max(len(block) for block in blocks.values()) > 2
     listed = prefix.rsplit(".", 1)[-1] in _LISTS and len(blocks) in often.values()
     return several and (listed or 2 * repeated >= sum(often.values()))
+
+
+def _is_one_block(prefix: str, blocks: Mapping[int, set[str]]) -> bool:
+    """Whether a list of one holds a whole block, with norms: which counts where nothing repeats."""
+    listed = re.search(r"(^|_)(layers?|blocks?)($|_)", prefix.rsplit(".", 1)[-1])
+    return bool(listed) and set(blocks) == {0} and any(NORM.search(name) for name in blocks[0])
 
 
 def _mixers(tensors: Mapping[str, LazyTensor]) -> dict[str, bool]:

@@ -164,7 +164,7 @@ def _candidates(
                 exact.append((path, new))
             elif value is None and _named(path):
                 later.append((path, new))
-            elif type(value) is int and value > 1 and value * new % old == 0:
+            elif type(value) is int and value > int(not _named(path)) and value * new % old == 0:
                 close = value % old == 0 or (old % value == 0 and old // value <= MOST_TIMES)
                 if close or any(value * size == old for size in hidden):
                     later.append((path, value * new // old))
@@ -203,7 +203,7 @@ def _each_once(items: Iterable[tuple[Path, Any]]) -> Iterator[tuple[Path, Any]]:
 
 def _named(path: Path) -> bool:
     """Whether a key sounds like an MLP's width: those are tried first."""
-    words = ("inter", "inner", "ffn", "ff_", "ffw", "mlp", "_ff", "feed")
+    words = ("inter", "inner", "ffn", "ff_", "ffw", "mlp", "_ff", "feed", "widen", "expan")
     return any(word in path[-1] for word in words)
 
 
