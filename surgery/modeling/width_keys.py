@@ -209,6 +209,8 @@ def _named(path: Path) -> bool:
 
 def _leaves(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
     for key, value in config.items():
+        if not isinstance(key, str):
+            continue  # the numbers of labels
         if isinstance(value, Mapping):
             yield from _leaves(value, (*above, key))
         elif isinstance(value, (list, tuple)):
