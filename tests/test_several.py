@@ -132,6 +132,23 @@ def test_a_matrix_in_the_middle_of_an_mlp_is_a_reason(tmp_path: Path) -> None:
     assert caught.value.problems[0] == said
 
 
+def test_what_can_be_grown_is_named_where_something_can_t(tmp_path: Path) -> None:
+    shapes: Shapes = {}
+    for block in range(2):
+        shapes |= pair(f"vision.layers.{block}.fc1", f"vision.layers.{block}.fc2", 16, 40)
+        shapes |= pair(f"mask.layers.{block}.fc1", f"mask.layers.{block}.fc2", 16, 24)
+        shapes |= {f"{part}.layers.{block}.norm.weight": (16,) for part in ("vision", "mask")}
+        shapes[f"mask.layers.{block}.ffn_norm.weight"] = (24,)
+    base = opened(tmp_path / "model", shapes)
+    with pytest.raises(UnsupportedError) as caught:
+        grow(base)
+    *reasons, advice = caught.value.problems
+    assert len(reasons) == 2
+    assert all("ffn_norm.weight follows the MLP's width of 24" in reason for reason in reasons)
+    assert advice == "--scope leaves them out: vision.layers can be grown"
+    assert grow(base, scope="vision")["vision.layers.0.fc1.weight"].shape == (80, 16)
+
+
 def test_mlps_outside_the_blocks_are_beside_them(tmp_path: Path) -> None:
     """A projector from one size to another, a pooling head; attention there is none of them."""
     shapes: Shapes = {"lm_head.weight": (50, 16), "embed.weight": (50, 16)}

@@ -183,6 +183,9 @@ def _chosen(base: Checkpoint, stacks: Sequence[str], layers: str, experts: Exper
                 kind = "MLP" if experts == "all" else f"{experts} expert"
                 refused.append(f"{where} can't be grown: it has no {kind}")
             chosen += wanted
+    whole = [s for s in stacks if not any(text.startswith(f"{s}.") for text in refused)]
+    if refused and whole:
+        refused.append(f"--scope leaves them out: {', '.join(whole)} can be grown")
     UnsupportedError.raise_if(refused)
     if not chosen:
         raise UnsupportedError(f"{base.source.reference} has no {experts} experts")
