@@ -55,6 +55,7 @@ def test_a_stage_of_blocks_has_its_own_sizes(tmp_path: Path) -> None:
             at = f"encoder.layers.{stage}.blocks.{block}"
             shapes |= {f"{at}.layernorm_{side}.weight": (size,) for side in ("before", "after")}
             shapes |= {f"{at}.attention.self.query.weight": (size, size)}
+            shapes |= {f"{at}.modulation.last.weight": (size, size)}
             up, down = f"{at}.intermediate.dense", f"{at}.output.dense"
             shapes |= pair(up, down, size, 2 * size)
             wanted.add((f"{up}.weight", f"{down}.weight", size, 2 * size))

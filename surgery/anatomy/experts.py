@@ -28,6 +28,7 @@ INTERLEAVED = frozenset({"gpt_oss"})
 """Model types whose stacked experts have gate and up neuron by neuron: g0, u0, g1, u1, ..."""
 
 _ATTENTION = re.compile(r"(^|[._])\w*(attn|attention)\.")  # JetMoE: attention of experts
+_CONVOLUTION = re.compile(r"(^|[._])\w*convs?\d*([._]|$)")  # (out, in, length), and no experts
 _NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
 _SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
 _FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
@@ -98,7 +99,8 @@ def _groups(
 
 
 def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
-    return len(tensor.shape) == 3 and hidden in tensor.shape[1:] and not _ATTENTION.search(name)
+    no_expert = _ATTENTION.search(name) or _CONVOLUTION.search(name)
+    return len(tensor.shape) == 3 and hidden in tensor.shape[1:] and not no_expert
 
 
 def _parent(inner: str) -> str:

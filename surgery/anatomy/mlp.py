@@ -130,7 +130,7 @@ def find_mlp(
     }
     downs: dict[str, int] = {}
     ups: dict[str, int] = {}
-    last = _second_of_two(list(matrices))
+    last = second_of_two(list(matrices))
     for name, tensor in matrices.items():
         rows, columns = reversed(tensor.shape) if by_bias.get(name, in_out) else tensor.shape
         named_down = name == last or bool(DOWN.search(name.rpartition(".")[0]))
@@ -210,9 +210,13 @@ def module_of(block: str, names: Iterable[str]) -> str:
     return module if len(module) > len(block) else ""
 
 
-def _second_of_two(names: list[str]) -> str | None:
-    """The higher of two names that differ in a number alone: "dense1" and "dense2"."""
+def second_of_two(names: list[str]) -> str | None:
+    """The higher of two names that differ in a number alone: "dense1" and "dense2", but not the
+    same matrix of two blocks in a list."""
     if len(names) != 2 or len({re.sub(r"\d+", "", name) for name in names}) != 1:
+        return None
+    paths = [_parent(name).split(".") for name in names]
+    if any(a != b and a.isdigit() for a, b in zip(*paths, strict=False)):
         return None
     return max(names, key=lambda name: list(map(int, re.findall(r"\d+", name))))
 

@@ -12,7 +12,16 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from surgery.anatomy.mlp import DOWN, MLP, Projection, bias_name, find_mlp, follows_width, module_of
+from surgery.anatomy.mlp import (
+    DOWN,
+    MLP,
+    Projection,
+    bias_name,
+    find_mlp,
+    follows_width,
+    module_of,
+    second_of_two,
+)
 from surgery.anatomy.places import ATTENTION, NORM, Place, Role
 from surgery.tensor import LazyTensor
 
@@ -139,7 +148,7 @@ class Search:
         """The MLP of these matrices. In different modules, they need a name for the last one."""
         parents = {name.removesuffix(".weight").rpartition(".")[0] for name in names}
         named = any(DOWN.search(name.rpartition(".")[0]) for name in names)
-        if len(parents) > 1 and not named and len({re.sub(r"\d", "", n) for n in names}) > 1:
+        if len(parents) > 1 and not named and second_of_two(names) is None:
             return None
         inside = {name: self.tensors[name] for name in names}
         for name in names:
