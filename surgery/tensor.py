@@ -81,9 +81,9 @@ class LazyTensor:
     threshold, norms): a streaming pass over the inputs, made once, before the first row; the
     kernel gets its result as the argument `measured`.
 
-    `tally` goes with a row-wise kernel: a number made of the same rows of the inputs, which the
-    writer adds up over the tensor as it passes (||tau||^2, say), so that a statistic which only
-    reports needs no pass of its own.
+    `tally` goes with a row-wise kernel: it makes what the kernel makes, and with it a number of
+    these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
+    statistic which only reports needs no pass of its own.
 
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.
@@ -96,7 +96,7 @@ class LazyTensor:
     runs: Runs | None = None
     kernel: Callable[..., torch.Tensor] | None = None
     rowwise: bool = True
-    tally: Callable[..., float] | None = None
+    tally: Callable[..., tuple[torch.Tensor, float]] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
     exact: LazyTensor | None = None
     _measuring: Lock = field(default_factory=Lock, repr=False)

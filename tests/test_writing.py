@@ -265,12 +265,14 @@ def test_the_record_is_the_same_whichever_thread_is_first(
     for last in "ab":
         done = threading.Event()
 
-        def tally(*rows: torch.Tensor, wait: bool, done: threading.Event) -> float:
+        def tally(
+            *rows: torch.Tensor, wait: bool, done: threading.Event
+        ) -> tuple[torch.Tensor, float]:
             if wait:
                 assert done.wait(10)
             else:
                 threading.Timer(0.1, done.set).start()
-            return float((rows[1] - rows[0]).square().sum())
+            return rows[1], float((rows[1] - rows[0]).square().sum())
 
         made = {
             name: replace(tensor, tally=partial(tally, wait=name == last, done=done))
@@ -387,7 +389,7 @@ def test_tallies_are_summed_exactly(
         DTYPES["F64"],
         inputs=(opened["w"],),
         kernel=torch.clone,
-        tally=lambda rows: float(rows.sum()),
+        tally=lambda rows: (rows, float(rows.sum())),
     )
     monkeypatch.setattr(writer, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(writer, "make_record", lambda *_: {"edits": []})

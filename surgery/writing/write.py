@@ -195,9 +195,7 @@ def _compute(
     """Write rows at `offset` of the file. Returns the bytes written, and the rows' tally."""
     tally = None
     if tensor.tally is not None:
-        inputs = tensor.read_inputs(start, stop)
-        tally = tensor.tally(*inputs)
-        rows = tensor.compute(inputs)
+        rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
     else:
         rows = tensor.read(start, stop)
     assert rows.dtype == tensor.dtype.torch
