@@ -98,7 +98,7 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
 
 def _entry(name: str, value: Any, data: int) -> Entry | str:
     """The entry, or what is wrong with it."""
-    if any("\ud800" <= character <= "\udfff" for character in name):
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
         return f"{name!r} is a name that no encoding can write"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return f"{name} has no dtype, shape and data_offsets"
