@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,11 @@ from surgery.recipe.checks import Check, Proving, check, check_requirements, req
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
 from surgery.verification.report import Case, write_report
+from surgery.writing.parts import Part
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
-from surgery.writing.staging import check_target, locked
-from surgery.writing.write import Written, check_space, write
+from surgery.writing.resume import require_all
+from surgery.writing.staging import Stage, check_target, locked, staging_folder
+from surgery.writing.write import PartWritten, Written, check_space, write, write_part
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Outcome:
 
     checks: tuple[Check, ...]
     written: Mapping[str, Written]
+    parts: Mapping[str, PartWritten] = field(default_factory=dict)
+    """What was written of a part of the shards alone, which has no final name yet."""
 
 
 def run_recipe(
@@ -43,6 +47,8 @@ def run_recipe(
     work: Work | None = None,
     command: str | None = None,
     resume: bool = True,
+    part: Part | None = None,
+    finish: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> Outcome:
     """Do what `recipe` says, and write its output to `out`, all of it or nothing.
@@ -53,6 +59,10 @@ def run_recipe(
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
     file for the results of the checks, in JUnit's format, written whether they hold or not, and
     `checked` is called with them. `resume` and `tell` are as in `write`.
+
+    With `part` the shards of that part are written into the stage and nothing else is done;
+    `finish`, after all parts, does the rest: it checks what has to hold and that every shard is
+    there as it was written, and publishes. The proof is made there, once, and not in every part.
 
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
@@ -69,9 +79,16 @@ def run_recipe(
     for name, target in targets.items():
         layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
         check_space(layout, target)
+    if part is not None:
+        return _write_part(
+            build(recipe, inputs, work), targets, part, overwrite, max_shard_bytes, work, tell
+        )
     with ExitStack() as locks:
-        for target in targets.values():  # checks can take hours: another run is refused now
+        for name, target in targets.items():  # checks can take hours: another run is refused now
             locks.enter_context(locked(target))
+            if finish:
+                layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
+                require_all(Stage(target, staging_folder(target)), layout)
         models = build(recipe, inputs, work)
         checks = check(recipe, models, required, proving, work)
         if report is not None:
@@ -99,9 +116,38 @@ def run_recipe(
                     recipe=recipe.data,
                     command=command,
                     resume=resume,
+                    complete=finish,
                     tell=tell,
                 )
         return Outcome(tuple(checks), written)
+
+
+def _write_part(
+    models: Mapping[str, Model],
+    targets: Mapping[str, Path],
+    part: Part,
+    overwrite: bool,
+    max_shard_bytes: int,
+    work: Work,
+    tell: Callable[[str], object] | None,
+) -> Outcome:
+    parts = {}
+    for name, target in targets.items():
+        weights = to_write(models, name)
+        layout = plan(weights, max_shard_bytes=max_shard_bytes)
+        size = sum(shard.size - len(shard.head) for shard in part.shards(layout))
+        with work.progress(f"writing {part} of {name}", size) as advance:
+            parts[name] = write_part(
+                weights,
+                target,
+                part,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_bytes,
+                threads=work.threads,
+                progress=advance,
+                tell=tell,
+            )
+    return Outcome((), {}, parts)
 
 
 def targets_of(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:

@@ -88,6 +88,8 @@ class Stage:
     finished: int = 0
     """Shards that a later run could keep."""
     shards: int = 0
+    known: bool = False
+    """Whether it says what is about to be written, so that a later run can go on."""
 
     @property
     def files(self) -> Path:
@@ -100,13 +102,22 @@ class Stage:
         except (OSError, ValueError, RecursionError):
             return None
 
-    def write_identity(self, identity: Any) -> None:
-        """Say what is about to be written. It is there as a whole or not at all."""
-        path = self.folder / f"{IDENTITY}.new"
+    def write_identity(self, identity: Any) -> bool:
+        """Say what is about to be written, as a whole or not at all; False if another run has
+        said so already."""
+        path = self.folder / f"{IDENTITY}.{os.getpid()}.{os.urandom(4).hex()}"
         path.write_text(json.dumps(identity), "utf-8")
         sync(path)
-        os.rename(path, self.folder / IDENTITY)
+        try:
+            os.link(path, self.folder / IDENTITY)  # which no two can do
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.rename(path, self.folder / IDENTITY)
+        finally:
+            path.unlink(missing_ok=True)
         sync(self.folder)
+        return True
 
     def count_one(self) -> None:
         """One more shard is finished."""
@@ -177,15 +188,16 @@ def staging(
 
 
 @contextmanager
-def locked(target: Path) -> Iterator[None]:
+def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
     """Hold the lock of the stage of `target`, which is made if need be. A thread that holds it
-    may ask for it again: a long proof comes before the writing, under the same lock.
+    may ask for it again: a long proof comes before the writing, under the same lock. A `shared`
+    one can be had by many, who write parts, but not while a whole run has it, nor the reverse.
 
     Raises OutputError if another process holds it, or another thread.
     """
     target = target.absolute()
     holder = (target, get_ident())
-    if holder in _HELD:
+    if holder in _HELD and not shared:
         yield
         return
     folder = staging_folder(target)
@@ -204,9 +216,10 @@ def locked(target: Path) -> Iterator[None]:
                 continue
             except OSError as error:
                 raise OutputError(f"{folder} can't be made: {error.strerror}") from error
-            _flock(lock, target)
+            _flock(lock, target, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
             if _is(folder / LOCK, lock):
-                _HELD.add(holder)
+                if not shared:
+                    _HELD.add(holder)
             else:  # the run that held it has removed it
                 os.close(lock)
                 lock = None
@@ -222,9 +235,9 @@ def locked(target: Path) -> Iterator[None]:
                 path.rmdir()
 
 
-def _flock(lock: int, target: Path) -> None:
+def _flock(lock: int, target: Path, how: int) -> None:
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, how | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise OutputError(f"another run is writing {target}: wait for it") from error
     except OSError as error:

@@ -19,6 +19,7 @@ from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.card import model_card
 from surgery.writing.journal import Finished, Journal
+from surgery.writing.parts import Part, join, part_of_stage
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
 from surgery.writing.resume import begin
@@ -59,13 +60,15 @@ def write(
     recipe: Any = None,
     command: str | None = None,
     resume: bool = True,
+    complete: bool = False,
     tell: Callable[[str], object] | None = None,
 ) -> Written:
     """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
     A run that is stopped leaves the shards that it has finished beside the target. With `resume`
     the next one that is to write the same keeps them, after their bytes are checked; `tell` is
-    called with a line on what is kept, or why nothing is.
+    called with a line on what is kept, or why nothing is. With `complete` every shard has to be
+    there, as `write_part` leaves it, and what is left to do is done.
 
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
     exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
@@ -76,8 +79,18 @@ def write(
     layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
     with staging(target, overwrite=overwrite, tell=tell) as stage, _named(stage):
-        kept = begin(stage, layout, resume=resume, threads=threads, progress=progress, tell=tell)
-        tallies = _fill(layout, stage, kept, threads, progress)
+        kept = begin(
+            stage,
+            layout,
+            resume=resume,
+            complete=complete,
+            threads=threads,
+            progress=progress,
+            tell=tell,
+        )
+        # one shard is finished when all is, and nothing could be gone on from
+        journal = Journal(stage.folder) if stage.known and len(layout.shards) > 1 else None
+        tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress)
         record = make_record(layout, tallies, verification, command, recipe)
         _write_small_files(layout, stage.files, record)
         try:
@@ -89,6 +102,46 @@ def write(
             raise
         publish(stage, overwrite=overwrite)
     return Written(target, layout, record, tallies, tuple(kept))
+
+
+@dataclass(frozen=True)
+class PartWritten:
+    """What a part has written, and which of its shards were finished before."""
+
+    target: Path
+    plan: Plan
+    part: Part
+    shards: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def write_part(
+    weights: Weights,
+    target: str | Path,
+    part: Part,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> PartWritten:
+    """Write the shards of one `part` into the stage of `target`, which many processes share, on
+    many machines if the file system is theirs too; `write` with `complete` then makes it whole.
+
+    A part that is written again keeps what it had finished. Raises OutputError if the other parts
+    are of another plan, or another process writes this one.
+    """
+    target = Path(target).absolute()
+    prepare(weights, target, overwrite=overwrite)
+    layout = plan(weights, max_shard_bytes=max_shard_bytes)
+    check_space(layout, target)
+    with part_of_stage(target, part) as stage, _named(stage):
+        kept = join(stage, layout, part, threads=threads, progress=progress, tell=tell)
+        shards = part.shards(layout)
+        journal = Journal(stage.folder, f"-{part.name}")
+        _fill(layout, stage, shards, kept, journal, threads, progress)
+    return PartWritten(target, layout, part, tuple(s.name for s in shards), tuple(kept))
 
 
 def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
@@ -140,12 +193,14 @@ _Measure = tuple[LazyTensor]
 def _fill(
     layout: Plan,
     stage: Stage,
+    shards: Sequence[Shard],
     kept: Mapping[str, Finished],
+    journal: Journal | None,
     threads: int | None,
     progress: Progress | None,
 ) -> dict[str, float]:
-    """Write all shards that aren't `kept`, and sync each while the next is computed; returns
-    the tallies."""
+    """Write those of `shards` that aren't `kept`, sync and note each while the next is computed;
+    returns the tallies of all."""
 
     def work(job: _Copy | _Compute | _Measure) -> None:
         if len(job) == 1:
@@ -163,11 +218,9 @@ def _fill(
         if progress is not None:
             progress(done)
 
-    # one shard is finished when all is, and nothing could be gone on from
-    journal = Journal(stage.folder) if len(layout.shards) > 1 else None
     finisher = Finisher(journal, stage.count_one)
     opened: list[OpenShard] = []
-    left = [shard for shard in layout.shards if shard.name not in kept]
+    left = [shard for shard in shards if shard.name not in kept]
     try:
         run_all(_jobs(layout, left, stage.files, finisher, opened), work, threads)
     finally:
