@@ -20,6 +20,7 @@ import typer
 from surgery.errors import SurgeryError
 
 from .apply import apply
+from .clean import clean
 from .demo import demo
 from .dequantize import dequantize
 from .diff import diff
@@ -34,17 +35,17 @@ from .run import run as run_
 from .task_vector import task_vector
 from .verify import verify
 
-INTERRUPTED = 130
 GC_THRESHOLDS = 200_000, 20, 50
 """A checkpoint is many small objects that stay: with Python's own thresholds the search for
 garbage among them takes half of the time of opening one of 100,000 tensors."""
+INTERRUPTED, TERMINATED = 130, 143
 SHOWN = 12
 """Problems of one error that are printed; a wrong pair of models can have thousands."""
 
 EXIT_CODES = (
     "Exit codes: 0 done; 2 an argument that can't be meant; 3 something wrong with an input; "
     "4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
-    "failed, and nothing was written; 130 interrupted."
+    "failed, and nothing was written; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -57,6 +58,11 @@ app = typer.Typer(
 )
 
 P = ParamSpec("P")
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as a job scheduler sends it some seconds before SIGKILL: cleaned up after as after
+    Ctrl-C, with an exit code of its own."""
 
 
 def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
@@ -74,6 +80,9 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
                     f"error: and {len(error.problems) - SHOWN:,} more like these", file=sys.stderr
                 )
             raise typer.Exit(error.exit_code) from None
+        except Terminated:
+            print("terminated: nothing was written under the final name", file=sys.stderr)
+            raise typer.Exit(TERMINATED) from None
         except KeyboardInterrupt:
             print("interrupted: nothing was written under the final name", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
@@ -89,7 +98,7 @@ def _paragraphs(verb: Callable[..., None]) -> str:
 
 VERBS = (
     inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
-    run_, verify, demo,
+    run_, verify, clean, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command(help=_paragraphs(verb))(with_exit_codes(verb))
@@ -113,7 +122,7 @@ def main(
 
 
 def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # a job scheduler's SIGTERM cleans up as Ctrl-C does
+    raise Terminated
 
 
 def run() -> None:

@@ -22,9 +22,22 @@ PLAIN_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
 
 
+SCHEDULING = {"--fresh": 0, "--finish": 0, "--shards": 1, "--ray": 1}
+"""Options that say how a run is made, and not what, and how many values they take: the record
+doesn't keep them, so that many machines give the same bytes as one."""
+
+
 def command_line() -> str:
     """The command as it was given, for the record."""
-    return shlex.join(["surgery", *sys.argv[1:]])
+    kept = []
+    words = iter(sys.argv[1:])
+    for word in words:
+        name, given, _ = word.partition("=")
+        if name not in SCHEDULING:
+            kept.append(word)
+        elif SCHEDULING[name] and not given:
+            next(words, None)
+    return shlex.join(["surgery", *kept])
 
 
 def print_json(value: Any) -> None:

@@ -14,6 +14,7 @@ from .options import (
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Overwrite,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
 
     from surgery.recipe import Outcome, Recipe
     from surgery.recipe.checks import Check
+    from surgery.writing.parts import Part
 
 
 def run(
@@ -51,6 +53,24 @@ def run(
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    shards: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Write the I-th of N parts of the shards alone, on one of many machines.",
+        ),
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Check and publish what all N parts have written.")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ADDRESS",
+            help="Write the parts as tasks of a Ray cluster: auto, local, or its address.",
+        ),
+    ] = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -60,19 +80,35 @@ def run(
 
     Nothing is read but headers until all inputs and steps are known to fit, and nothing is
     written until everything that the recipe requires holds. mergekit's files run as they are.
+
+    On many machines with one file system: `--shards 1/16` to `--shards 16/16`, each anywhere and
+    at any time, and then `--finish`, which proves, checks every byte and publishes.
     """
     from surgery.recipe import load_recipe, run_recipe
     from surgery.recipe.chain import Work
     from surgery.recipe.checks import Proving
 
+    part = _part(shards, finish=finish, fresh=fresh, ray=ray)
     given = load_recipe(recipe, changes=change or [])
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:
-        target = Target(out or Path(), max_shard_size, threads, overwrite, json)
+        target = Target(out or Path(), max_shard_size, threads, overwrite, json, fresh)
         proof = Proof(verify, logits, device.value, verify_dtype.value)
         _dry_run(given, out, target, proof)
         return
+    if ray is not None:
+        from surgery.recipe.on_ray import write_parts
+
+        write_parts(
+            given,
+            out,
+            address=ray,
+            overwrite=overwrite,
+            max_shard_bytes=max_shard_size,
+            threads=threads,
+            tell=note,
+        )
     outcome = run_recipe(
         given,
         out,
@@ -84,14 +120,58 @@ def run(
         checked=partial(_show_checks, json=json),
         work=Work(threads=threads, bar=progress),
         command=command_line(),
+        resume=not fresh,
+        part=part,
+        finish=finish or ray is not None,
+        tell=note,
     )
-    if json:
+    if part is not None:
+        _print_part(outcome, given.output, json=json)
+    elif json:
         told = {
             name: {"out": str(one.target), **one.record} for name, one in outcome.written.items()
         }
         print_json(_output_first(told, given.output))
     else:
         _print(outcome)
+
+
+def _part(shards: str | None, *, finish: bool, fresh: bool, ray: str | None) -> Part | None:
+    """The part that is asked for, if one is."""
+    from surgery.errors import ArgumentError
+    from surgery.writing.parts import parse_part
+
+    asked = {"--shards": shards is not None, "--finish": finish, "--ray": ray is not None}
+    names = [name for name, given in asked.items() if given]
+    if len(names) > 1:
+        raise ArgumentError(f"{' and '.join(names)} can't be given together: each is a step alone")
+    if names and fresh:
+        raise ArgumentError(
+            f"--fresh would remove what other parts have written: use `surgery clean`, then "
+            f"{names[0]} without it"
+        )
+    return None if shards is None else parse_part(shards)
+
+
+def _print_part(outcome: Outcome, output: str, *, json: bool) -> None:
+    told = {
+        name: {
+            "out": None,
+            "target": str(one.target),
+            "part": str(one.part),
+            "shards": list(one.shards),
+            "kept": list(one.kept),
+        }
+        for name, one in outcome.parts.items()
+    }
+    if json:
+        print_json(_output_first(told, output))
+        return
+    for name, one in outcome.parts.items():
+        console().print(
+            f"{name}: part {one.part}, {len(one.shards)} of {len(one.plan.shards)} shards, is "
+            f"ready for --finish"
+        )
 
 
 def _dry_run(recipe: Recipe, out: Path | None, target: Target, proof: Proof) -> None:

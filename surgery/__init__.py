@@ -35,7 +35,7 @@ from surgery.operations.task_vectors import apply, task_vector
 from surgery.task_vector import TaskVector, open_task_vector
 from surgery.tensor import LazyTensor
 from surgery.verification import Verification, certify, find_growths, verify
-from surgery.writing import Plan, Written, plan, write
+from surgery.writing import Part, PartWritten, Plan, Written, plan, write, write_part
 
 __all__ = [
     "Adapter",
@@ -49,6 +49,8 @@ __all__ = [
     "MismatchError",
     "NotFoundError",
     "OutputError",
+    "Part",
+    "PartWritten",
     "Plan",
     "RecipeError",
     "SurgeryError",
@@ -78,4 +80,5 @@ __all__ = [
     "task_vector",
     "verify",
     "write",
+    "write_part",
 ]
