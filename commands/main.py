@@ -19,6 +19,7 @@ import typer
 from surgery.errors import SurgeryError
 
 from .apply import apply
+from .check import check
 from .demo import demo
 from .dequantize import dequantize
 from .diff import diff
@@ -85,7 +86,7 @@ def _paragraphs(verb: Callable[..., None]) -> str:
 
 VERBS = (
     inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
-    run_, verify, demo,
+    run_, verify, check, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command(help=_paragraphs(verb))(with_exit_codes(verb))
