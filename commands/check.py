@@ -24,6 +24,25 @@ def check(
             "[default: SHA256SUMS in the directory, if it is there]",
         ),
     ] = None,
+    public_key: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Verify model.sig against this public key (PEM)."),
+    ] = None,
+    identity: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WHO",
+            help="Verify model.sig: this e-mail address or workflow has to have signed.",
+        ),
+    ] = None,
+    identity_provider: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="The OpenID provider that vouches for the identity."),
+    ] = None,
+    signature: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The signature. [default: model.sig in the directory]"),
+    ] = None,
     json: AsJson = False,
     threads: Threads = None,
 ) -> None:
@@ -37,9 +56,20 @@ def check(
     """
     import surgery
     from surgery.integrity.check import bytes_to_check
+    from surgery.integrity.signing import Signer
 
+    signer = None
+    if public_key is not None or identity is not None or identity_provider is not None:
+        signer = Signer(public_key, identity, identity_provider)
     with progress("checking", bytes_to_check(model)) as advance:
-        report = surgery.check(model, sums=sums, threads=threads, progress=advance)
+        report = surgery.check(
+            model,
+            sums=sums,
+            signer=signer,
+            signature=signature,
+            threads=threads,
+            progress=advance,
+        )
     if json:
         print_json(report.as_json())
     else:
@@ -56,6 +86,8 @@ def _print(report: Report) -> None:
     else:
         agree = "none to compare with"
     out.print(f"digests   {agree}", soft_wrap=True)
+    if report.signed is not None:
+        out.print(f"signed    by {report.signed}, and holds", soft_wrap=True)
     for finding in report.notes:
         out.print(f"note      {finding.text}", soft_wrap=True)
     for finding in report.warnings:

@@ -11,6 +11,7 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -18,6 +19,7 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -50,6 +52,8 @@ def expand(
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -64,7 +68,7 @@ def expand(
     import surgery
     from surgery.verification import find_relation
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, checksums, sign_key)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     expanded = surgery.expand(given, copies=copies, after=after)

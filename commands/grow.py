@@ -12,6 +12,7 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -19,6 +20,7 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -90,6 +92,8 @@ def grow(
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -103,7 +107,7 @@ def grow(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, checksums, sign_key)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(

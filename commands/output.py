@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -22,9 +23,29 @@ PLAIN_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
 
 
+_FLAGS = ("--json", "--overwrite")
+_VALUES = ("--threads", "--report", "--sign-key")
+
+
 def command_line() -> str:
-    """The command as it was given, for the record."""
-    return shlex.join(["surgery", *sys.argv[1:]])
+    """The command as it was given, for the record, but for what decides no byte of the output: how
+    it was run and shown is left out, and where it was written to is OUT."""
+    kept = ["surgery"]
+    words = iter(sys.argv[1:])
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word in ("-o", "--out"):
+            kept += [word, "OUT"]
+            next(words, None)
+        elif name == "--out":
+            kept.append("--out=OUT")
+        elif word in _VALUES:
+            next(words, None)
+        elif word in _FLAGS or (equals and name in _VALUES):
+            continue
+        else:
+            kept.append("-oOUT" if re.match(r"-o[^-]", word) else word)
+    return shlex.join(kept)
 
 
 def print_json(value: Any) -> None:

@@ -11,6 +11,7 @@ import typer
 
 from .options import (
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -18,6 +19,7 @@ from .options import (
     MaxShardSize,
     Overwrite,
     Report,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -51,6 +53,8 @@ def run(
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     overwrite: Overwrite = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -69,7 +73,9 @@ def run(
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:
-        target = Target(out or Path(), max_shard_size, threads, overwrite, json)
+        target = Target(
+            out or Path(), max_shard_size, threads, overwrite, json, checksums, sign_key
+        )
         proof = Proof(verify, logits, device.value, verify_dtype.value)
         _dry_run(given, out, target, proof)
         return
@@ -84,6 +90,8 @@ def run(
         checked=partial(_show_checks, json=json),
         work=Work(threads=threads, bar=progress),
         command=command_line(),
+        checksums=checksums,
+        sign_key=sign_key,
     )
     if json:
         told = {

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AsJson,
+    Checksums,
+    DryRun,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -28,6 +38,8 @@ def task_vector(
         StoredAs, typer.Option(help="Store it as float32, or rounded to the tuned model's type.")
     ] = StoredAs.float32,
     overwrite: Overwrite = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -40,7 +52,7 @@ def task_vector(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, checksums, sign_key)
     vector = surgery.task_vector(
         surgery.open_checkpoint(base, headers_only=dry_run),
         surgery.open_checkpoint(tuned, headers_only=dry_run),

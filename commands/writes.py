@@ -25,6 +25,14 @@ class Target:
     threads: int | None
     overwrite: bool
     json: bool
+    checksums: bool = False
+    sign_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sign_key is not None:  # before hours of work
+            from surgery.integrity.signing import require_signing_key
+
+            require_signing_key(self.sign_key)
 
 
 @dataclass(frozen=True)
@@ -72,8 +80,10 @@ def write_edited(
     """`surgery.write`, with progress and the command for the record; with --json the record is
     printed."""
     import surgery
+    from surgery.integrity.seal import bytes_to_hash
 
-    with progress("writing", edited.nbytes) as advance:
+    total = edited.nbytes + (bytes_to_hash(edited) if target.checksums else 0)
+    with progress("writing", total) as advance:
         written = surgery.write(
             edited,
             target.out,
@@ -84,6 +94,8 @@ def write_edited(
             check=check,
             verification=verification,
             command=command_line(),
+            checksums=target.checksums,
+            sign_key=target.sign_key,
         )
     for text in edited.notes:
         note(f"note: {text}")

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from surgery.anatomy import Anatomy, infer
+from surgery.checkpoint import SIGNATURE
 from surgery.errors import FormatError
 from surgery.hub import Source, resolve
+from surgery.integrity.signing import Signer, verify_signature
 from surgery.opening import TASK_VECTOR, open_checkpoint, open_tensors
 from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
@@ -41,15 +43,18 @@ class Report:
     odd; `notes` are worth knowing.
 
     `digests` are those of the files that were hashed, by name, and `compared` says with what:
-    "SHA256SUMS", "Hub"; nothing where there was nothing to compare with.
+    "SHA256SUMS", "the Hub"; nothing where there was nothing to compare with. `signed` is who has
+    signed, where that was asked and holds.
     """
 
     reference: str
+    folder: Path
     files: Mapping[str, int]
     tensors: int
     nbytes: int
     digests: Mapping[str, str]
     compared: tuple[str, ...]
+    signed: str | None
     problems: tuple[Finding, ...]
     warnings: tuple[Finding, ...]
     notes: tuple[Finding, ...]
@@ -71,6 +76,7 @@ class Report:
             "bytes": self.nbytes,
             "sha256": dict(self.digests),
             "compared": list(self.compared),
+            "signed": self.signed,
             "problems": [finding.as_json() for finding in self.problems],
             "warnings": [finding.as_json() for finding in self.warnings],
             "notes": [finding.as_json() for finding in self.notes],
@@ -81,6 +87,8 @@ def check(
     model: str | Path,
     *,
     sums: str | Path | None = None,
+    signer: Signer | None = None,
+    signature: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Report:
@@ -91,6 +99,7 @@ def check(
     - files that differ from their SHA-256: in `sums`, a file as `sha256sum` writes it (by default
       SHA256SUMS beside the weights, if there is one), and in the Hub's cache; files that are
       missing or extra;
+    - a signature that isn't `signer`'s, or of other files (`signature`, by default model.sig);
     - weight files of another model: a warning, from the numbers, where no digest can tell.
 
     Raises what opening raises for headers, index and names that don't agree. What is wrong beyond
@@ -98,7 +107,18 @@ def check(
     """
     from surgery.integrity.examine import examine
 
-    return examine(open_any(model), sums, threads, progress)
+    report = examine(open_any(model), sums, threads, progress)
+    return report if signer is None else _verified(report, signer, signature)
+
+
+def _verified(report: Report, signer: Signer, signature: str | Path | None) -> Report:
+    """The report, with what the signature says. model-signing reads all files once more."""
+    place = report.folder / SIGNATURE if signature is None else Path(signature)
+    problems = [
+        Finding("signature", text) for text in verify_signature(report.folder, place, signer)
+    ]
+    signed = None if problems else str(signer)
+    return replace(report, signed=signed, problems=(*report.problems, *problems))
 
 
 def bytes_to_check(model: str | Path) -> int:

@@ -47,11 +47,13 @@ def examine(
     findings.notes += _notes(found)
     return Report(
         reference=weights.source.reference,
+        folder=folder,
         files=dict(weights.source.files),
         tensors=len(weights.tensors),
         nbytes=sum(tensor.nbytes for tensor in weights.tensors.values()),
         digests=dict(sorted(digests.items())),
         compared=tuple(compared),
+        signed=None,
         problems=tuple(findings.problems),
         warnings=tuple(findings.warnings),
         notes=tuple(findings.notes),

@@ -11,6 +11,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
+from surgery.integrity.seal import bytes_to_hash
 from surgery.recipe.chain import Model, Work, build, open_inputs, to_write
 from surgery.recipe.checks import Check, Proving, check, check_requirements, requirements
 from surgery.recipe.schema import Recipe
@@ -41,6 +42,8 @@ def run_recipe(
     checked: Callable[[Sequence[Check]], object] | None = None,
     work: Work | None = None,
     command: str | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Outcome:
     """Do what `recipe` says, and write its output to `out`, all of it or nothing.
 
@@ -49,7 +52,7 @@ def run_recipe(
     checked, and only then is anything written. With `verify` steps that promise to keep the
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
     file for the results of the checks, in JUnit's format, written whether they hold or not, and
-    `checked` is called with them.
+    `checked` is called with them. `checksums` and `sign_key` are those of `surgery.write`.
 
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
@@ -78,7 +81,8 @@ def run_recipe(
     written = {}
     for name, target in targets.items():
         weights = to_write(models, name)
-        with work.progress(f"writing {name}", weights.nbytes) as advance:
+        total = weights.nbytes + (bytes_to_hash(weights) if checksums else 0)
+        with work.progress(f"writing {name}", total) as advance:
             written[name] = write(
                 weights,
                 target,
@@ -90,6 +94,8 @@ def run_recipe(
                 verification=_verification(checks),
                 recipe=recipe.data,
                 command=command,
+                checksums=checksums,
+                sign_key=sign_key,
             )
     return Outcome(tuple(checks), written)
 

@@ -18,6 +18,7 @@ from surgery.checkpoint import RECORD, Checkpoint, Weights
 from surgery.errors import OutputError, SurgeryError
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.integrity.seal import input_digests, seal
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import FileSpan, LazyTensor
@@ -57,12 +58,16 @@ def write(
     verification: Mapping[str, Any] | None = None,
     recipe: Any = None,
     command: str | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Written:
     """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
     exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
-    data, go into the record. Raises OutputError if the target is in the way, or the disk is full.
+    data, go into the record. With `checksums` the record has the SHA-256 of every input file, and
+    `SHA256SUMS` that of every file written; with `sign_key`, the file of a private key, `model.sig`
+    is a signature of all of them. Raises OutputError if the target is in the way, or the disk is full.
     """
     target = Path(target).absolute()
     prepare(weights, target, overwrite=overwrite)
@@ -70,11 +75,13 @@ def write(
     check_space(layout, target)
     with staging(target) as folder, _named(folder):
         tallies = _fill(layout, folder, threads, progress)
-        record = make_record(layout, tallies, verification, command, recipe)
+        digests = input_digests(weights, threads, progress) if checksums else {}
+        record = make_record(layout, tallies, verification, command, recipe, digests)
         _write_small_files(layout, folder, record)
         _check_staged(layout, folder)
         if check is not None:
             check(open_checkpoint(folder))
+        seal(folder, checksums=checksums, key=sign_key, threads=threads, progress=progress)
         publish(folder, target, overwrite=overwrite)
     return Written(target, layout, record, tallies)
 
