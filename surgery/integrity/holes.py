@@ -42,8 +42,12 @@ def _problems(tensors: Iterable[LazyTensor]) -> Iterator[str]:
 
 
 def holes_of(file: InputFile) -> list[Range]:
-    """The holes of a file; none of one that stayed on the Hub."""
-    return file.holes(fstat(file.descriptor.fd).st_size) if file.path.exists() else []
+    """The holes of a file; none of one that stayed on the Hub. The file is open for that only: a
+    checkpoint that is just looked at holds no descriptors."""
+    if not file.path.exists():
+        return []
+    opened = InputFile(file.path)
+    return opened.holes(fstat(opened.descriptor.fd).st_size)
 
 
 def holes_in(
