@@ -24,6 +24,7 @@ from surgery.header import read_header
 if TYPE_CHECKING:
     from surgery.tensor import FileSpan, LazyTensor
 
+WORDS = PAGE // 8
 CHANCE = 16
 """Bytes of the values beside a page that may be zero by chance: the low bytes of two elements."""
 ALLOW = "SURGERY_ALLOW_ZERO_PAGES"
@@ -70,17 +71,17 @@ def unit_bytes(shape: tuple[int, ...], bits: int) -> int:
     return max(1, elements * bits // 8)
 
 
-def zero_pages(data: numpy.ndarray, offset: int) -> list[tuple[int, int]]:
-    """Runs of pages without a bit set, as bytes of the file, in `data`, uint8 from byte `offset`
+def zero_pages(data: numpy.ndarray | memoryview, offset: int) -> list[tuple[int, int]]:
+    """Runs of pages without a bit set, as bytes of the file, in `data`, bytes from byte `offset`
     of the file on. One word of each page is looked at first."""
     first = -offset % PAGE
     count = (len(data) - first) // PAGE
     if count <= 0:
         return []
-    words = numpy.frombuffer(data, "<u8", count * (PAGE // 8), first)
-    maybe = numpy.flatnonzero(words[:: PAGE // 8] == 0)
-    if not maybe.size:
+    words = numpy.frombuffer(data, numpy.uint64, count * WORDS, first)
+    if words[::WORDS].all():
         return []
+    maybe = numpy.flatnonzero(words[::WORDS] == 0)
     pages = words.reshape(count, -1)
     found = maybe[numpy.bitwise_or.reduce(pages[maybe], axis=1) == 0]
     if not found.size:
@@ -96,7 +97,7 @@ def zero_pages(data: numpy.ndarray, offset: int) -> list[tuple[int, int]]:
 def require_filled(data: memoryview, offset: int, span: FileSpan, tensor: LazyTensor) -> None:
     """Raise FormatError if pages of `data`, rows of `tensor` from byte `offset` of its file on,
     were never written."""
-    runs = zero_pages(numpy.frombuffer(data, numpy.uint8), offset)
+    runs = zero_pages(data, offset)
     if not runs or allowed():
         return
     layout = layout_of(span, tensor)
