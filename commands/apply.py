@@ -9,7 +9,18 @@ import typer
 
 from surgery.errors import ArgumentError
 
-from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -33,6 +44,8 @@ def apply(
     ] = "1",
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -44,7 +57,7 @@ def apply(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     given = surgery.open_checkpoint(base, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
     if dry_run:  # whose they are is told by their base's weights, which aren't read

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -28,6 +39,8 @@ def dequantize(
     ] = StoredAs.bfloat16,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -40,7 +53,7 @@ def dequantize(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     given = surgery.open_checkpoint(model, headers_only=dry_run)
     edited = surgery.dequantize(given, dtype=dtype.value)
     if dry_run:

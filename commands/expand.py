@@ -11,6 +11,7 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -19,6 +20,7 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -52,6 +54,8 @@ def expand(
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -66,7 +70,7 @@ def expand(
     import surgery
     from surgery.verification import find_relation
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     expanded = surgery.expand(given, copies=copies, after=after)

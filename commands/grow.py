@@ -12,6 +12,7 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -20,6 +21,7 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -92,6 +94,8 @@ def grow(
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -105,7 +109,7 @@ def grow(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(

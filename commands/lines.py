@@ -12,11 +12,13 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     DryRun,
     Fresh,
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
 )
 from .output import console, table
@@ -50,6 +52,8 @@ def lines(
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -62,7 +66,7 @@ def lines(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     edited = surgery.lines(
         open_model(base, anatomy, headers_only=dry_run),
         open_model(tuned, anatomy, headers_only=dry_run),

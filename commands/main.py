@@ -20,6 +20,7 @@ import typer
 from surgery.errors import SurgeryError
 
 from .apply import apply
+from .check import check
 from .clean import clean
 from .demo import demo
 from .dequantize import dequantize
@@ -98,7 +99,7 @@ def _paragraphs(verb: Callable[..., None]) -> str:
 
 VERBS = (
     inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
-    run_, verify, clean, demo,
+    run_, verify, check, clean, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command(help=_paragraphs(verb))(with_exit_codes(verb))

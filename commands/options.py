@@ -73,6 +73,23 @@ Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Worker threads; the result doesn't depend on it."),
 ]
+Checksums = Annotated[
+    bool,
+    typer.Option(
+        "--checksums",
+        help="Record the SHA-256 of every input, and write that of every output to SHA256SUMS, "
+        "which `surgery check` and `sha256sum -c` verify.",
+    ),
+]
+SignKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key",
+        metavar="FILE",
+        help="Sign the output with this private key (elliptic curve, PEM), as model.sig; needs "
+        "surgery[signing].",
+    ),
+]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -22,22 +23,30 @@ PLAIN_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
 
 
-SCHEDULING = {"--fresh": 0, "--finish": 0, "--shards": 1, "--ray": 1}
-"""Options that say how a run is made, and not what, and how many values they take: the record
-doesn't keep them, so that many machines give the same bytes as one."""
+_FLAGS = ("--json", "--overwrite", "--fresh", "--finish")
+_VALUES = ("--threads", "--report", "--sign-key", "--shards", "--ray")
 
 
 def command_line() -> str:
-    """The command as it was given, for the record."""
-    kept = []
+    """The command as it was given, for the record, but for what decides no byte of the output: how
+    it was run and shown is left out, so that many machines give the same bytes as one, and where
+    it was written to is OUT."""
+    kept = ["surgery"]
     words = iter(sys.argv[1:])
     for word in words:
-        name, given, _ = word.partition("=")
-        if name not in SCHEDULING:
-            kept.append(word)
-        elif SCHEDULING[name] and not given:
+        name, equals, _ = word.partition("=")
+        if word in ("-o", "--out"):
+            kept += [word, "OUT"]
             next(words, None)
-    return shlex.join(["surgery", *kept])
+        elif name == "--out":
+            kept.append("--out=OUT")
+        elif word in _VALUES:
+            next(words, None)
+        elif word in _FLAGS or (equals and name in _VALUES):
+            continue
+        else:
+            kept.append("-oOUT" if re.match(r"-o[^-]", word) else word)
+    return shlex.join(kept)
 
 
 def print_json(value: Any) -> None:

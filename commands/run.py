@@ -11,6 +11,7 @@ import typer
 
 from .options import (
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
@@ -19,6 +20,7 @@ from .options import (
     MaxShardSize,
     Overwrite,
     Report,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -71,6 +73,8 @@ def run(
             help="Write the parts as tasks of a Ray cluster: auto, local, or its address.",
         ),
     ] = None,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -93,7 +97,9 @@ def run(
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:
-        target = Target(out or Path(), max_shard_size, threads, overwrite, json, fresh)
+        target = Target(
+            out or Path(), max_shard_size, threads, overwrite, json, fresh, checksums, sign_key
+        )
         proof = Proof(verify, logits, device.value, verify_dtype.value)
         _dry_run(given, out, target, proof)
         return
@@ -124,6 +130,8 @@ def run(
         part=part,
         finish=finish or ray is not None,
         tell=note,
+        checksums=checksums,
+        sign_key=sign_key,
     )
     if part is not None:
         _print_part(outcome, given.output, json=json)

@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -29,6 +40,8 @@ def task_vector(
     ] = StoredAs.float32,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -41,7 +54,7 @@ def task_vector(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     vector = surgery.task_vector(
         surgery.open_checkpoint(base, headers_only=dry_run),
         surgery.open_checkpoint(tuned, headers_only=dry_run),

@@ -26,6 +26,14 @@ class Target:
     overwrite: bool
     json: bool
     fresh: bool = False
+    checksums: bool = False
+    sign_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sign_key is not None:  # before hours of work
+            from surgery.integrity.signing import require_signing_key
+
+            require_signing_key(self.sign_key)
 
 
 @dataclass(frozen=True)
@@ -73,8 +81,10 @@ def write_edited(
     """`surgery.write`, with progress and the command for the record; with --json the record is
     printed."""
     import surgery
+    from surgery.integrity.seal import bytes_to_hash
 
-    with progress("writing", edited.nbytes) as advance:
+    total = edited.nbytes + (bytes_to_hash(edited) if target.checksums else 0)
+    with progress("writing", total) as advance:
         written = surgery.write(
             edited,
             target.out,
@@ -87,6 +97,8 @@ def write_edited(
             command=command_line(),
             resume=not target.fresh,
             tell=note,
+            checksums=target.checksums,
+            sign_key=target.sign_key,
         )
     for text in edited.notes:
         note(f"note: {text}")

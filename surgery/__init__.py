@@ -19,6 +19,7 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
+from surgery.integrity.check import check
 from surgery.lora.adapter import Adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
 from surgery.lora.extract import extract_lora
@@ -63,6 +64,7 @@ __all__ = [
     "apply",
     "apply_adapter",
     "certify",
+    "check",
     "compose",
     "dequantize",
     "diff",

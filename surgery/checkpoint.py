@@ -19,6 +19,8 @@ from surgery.tensor import LazyTensor
 CONFIG = "config.json"
 RECORD = "surgery.json"
 CARD = "README.md"
+CHECKSUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
 FINGERPRINT_ELEMENTS = 2048
 
 

@@ -6,6 +6,7 @@ short read is an error with a name.
 
 from __future__ import annotations
 
+import errno
 import os
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,6 +17,9 @@ from surgery.errors import FormatError, InputError, NotFoundError
 
 if TYPE_CHECKING:
     import torch
+
+PAGE = 4096
+"""Bytes that a file system gives to a file at a time, at least."""
 
 
 class _Descriptor:
@@ -63,6 +67,30 @@ class InputFile:
                     f"promised more: it was cut short while it was read"
                 )
             done += got
+
+    def holes(self, size: int) -> list[tuple[int, int]]:
+        """The parts of the file, which has `size` bytes, that were never written, as the file
+        system tells them: they read as zeros. Takes two system calls where there are none."""
+        found: list[tuple[int, int]] = []
+        if not hasattr(os, "SEEK_HOLE"):
+            return found
+        descriptor = self.descriptor
+        at = 0
+        while at < size:
+            try:
+                start = os.lseek(descriptor.fd, at, os.SEEK_HOLE)
+            except OSError:  # a file system that doesn't tell, or the file has shrunk meanwhile
+                break
+            if start >= size:
+                break
+            try:
+                at = os.lseek(descriptor.fd, start, os.SEEK_DATA)
+            except OSError as error:
+                if error.errno != errno.ENXIO:
+                    break
+                at = size  # no data from there on
+            found.append((start, min(at, size)))
+        return found
 
 
 def as_bytes(tensor: torch.Tensor) -> memoryview:

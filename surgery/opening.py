@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from surgery.checkpoint import CONFIG, RECORD, Checkpoint
+from surgery.checkpoint import CHECKSUMS, CONFIG, RECORD, SIGNATURE, Checkpoint
 from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
@@ -43,6 +43,8 @@ OTHER_WEIGHTS = [
 ]
 OTHER_FOLDERS = re.compile(r"onnx|openvino|coreml|original|global_step\d*|__pycache__")
 """Folders of other formats and of trainers: what is in them belongs to the weights as they were."""
+OF_THESE_BYTES = (CONFIG, RECORD, CHECKSUMS, SIGNATURE)
+"""Files that are made anew, or not at all: what they say is true of the files as they were."""
 MOST_SHARDS = 10_000
 """A name that claims more is no count to trust."""
 
@@ -266,7 +268,7 @@ def _companions(source: Source, files: list[str]) -> tuple[dict[str, Path | byte
             key = (relative / name).as_posix()
             if name.startswith(".") or (folder == str(source.path) and name in files):
                 continue
-            if key in (CONFIG, RECORD) or name.endswith(INDEX_SUFFIX):
+            if key in OF_THESE_BYTES or name.endswith(INDEX_SUFFIX):
                 continue
             other_format = path.suffix in OTHER_WEIGHTS or ".bin.index.json" in name
             if other_format or any(map(OTHER_FOLDERS.fullmatch, relative.parts)):

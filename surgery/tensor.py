@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.dtypes import DType
 from surgery.errors import UnsupportedError
-from surgery.files import InputFile, as_bytes
+from surgery.files import PAGE, InputFile, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,12 @@ class FileSpan:
             )
         out = torch.empty(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
         if out.numel():
-            self.file.read_into(as_bytes(out), self.offset + start * row_bits // 8)
+            data, offset = as_bytes(out), self.offset + start * row_bits // 8
+            self.file.read_into(data, offset)
+            if len(data) >= PAGE:
+                from surgery.pages import require_filled
+
+                require_filled(data, offset, self, tensor)
         return out
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
+from surgery.integrity.seal import bytes_to_hash
 from surgery.recipe.chain import Model, Work, build, open_inputs, to_write
 from surgery.recipe.checks import Check, Proving, check, check_requirements, requirements
 from surgery.recipe.schema import Recipe
@@ -50,6 +51,8 @@ def run_recipe(
     part: Part | None = None,
     finish: bool = False,
     tell: Callable[[str], object] | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Outcome:
     """Do what `recipe` says, and write its output to `out`, all of it or nothing.
 
@@ -58,7 +61,7 @@ def run_recipe(
     checked, and only then is anything written. With `verify` steps that promise to keep the
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
     file for the results of the checks, in JUnit's format, written whether they hold or not, and
-    `checked` is called with them. `resume` and `tell` are as in `write`.
+    `checked` is called with them. `checksums`, `sign_key`, `resume` and `tell` are as in `write`.
 
     With `part` the shards of that part are written into the stage and nothing else is done;
     `finish`, after all parts, does the rest: it checks what has to hold and that every shard is
@@ -101,7 +104,8 @@ def run_recipe(
         written = {}
         for name, target in targets.items():
             weights = to_write(models, name)
-            with work.progress(f"writing {name}", weights.nbytes) as advance:
+            total = weights.nbytes + (bytes_to_hash(weights) if checksums else 0)
+            with work.progress(f"writing {name}", total) as advance:
                 written[name] = write(
                     weights,
                     target,
@@ -115,6 +119,8 @@ def run_recipe(
                     verification=_verification(checks),
                     recipe=recipe.data,
                     command=command,
+                    checksums=checksums,
+                    sign_key=sign_key,
                     resume=resume,
                     complete=finish,
                     tell=tell,

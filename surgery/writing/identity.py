@@ -21,9 +21,10 @@ from typing import Any
 from surgery.errors import FormatError
 from surgery.files import InputFile, as_bytes
 from surgery.header import LENGTH_BYTES, LONGEST
+from surgery.integrity.digests import hub_digest
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.plan import Plan
-from surgery.writing.record import blob_digest, version
+from surgery.writing.record import version
 
 FORMAT = 1
 SHOWN = 6
@@ -138,7 +139,7 @@ def _file(file: InputFile) -> dict[str, Any]:
         "size": stat.st_size,
         "time": stat.st_mtime_ns,
         "header": _sha256(start + head),
-        "digest": blob_digest(file.path),
+        "digest": hub_digest(file.path),
     }
 
 

@@ -14,6 +14,7 @@ from surgery.checkpoint import RECORD, Checkpoint, Weights
 from surgery.errors import OutputError, SurgeryError
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.integrity.seal import input_digests, seal
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
 from surgery.tensor import FileSpan, LazyTensor
@@ -62,6 +63,8 @@ def write(
     resume: bool = True,
     complete: bool = False,
     tell: Callable[[str], object] | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Written:
     """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
@@ -72,7 +75,9 @@ def write(
 
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
     exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
-    data, go into the record. Raises OutputError if the target is in the way, or the disk is full.
+    data, go into the record. With `checksums` the record has the SHA-256 of every input file, and
+    `SHA256SUMS` that of every file written; with `sign_key`, the file of a private key, `model.sig`
+    is a signature of all of them. Raises OutputError if the target is in the way, or the disk is full.
     """
     target = Path(target).absolute()
     prepare(weights, target, overwrite=overwrite)
@@ -91,12 +96,14 @@ def write(
         # one shard is finished when all is, and nothing could be gone on from
         journal = Journal(stage.folder) if stage.known and len(layout.shards) > 1 else None
         tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress)
-        record = make_record(layout, tallies, verification, command, recipe)
+        digests = input_digests(weights, threads, progress) if checksums else {}
+        record = make_record(layout, tallies, verification, command, recipe, digests)
         _write_small_files(layout, stage.files, record)
         try:
             _check_staged(layout, stage.files)
             if check is not None:
                 check(open_checkpoint(stage.files))
+            seal(stage.files, checksums=checksums, key=sign_key, threads=threads, progress=progress)
         except Exception:
             stage.discard()
             raise
