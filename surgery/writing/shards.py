@@ -10,6 +10,7 @@ import queue
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from math import fsum
 from pathlib import Path
 from threading import Lock, Thread
@@ -17,7 +18,7 @@ from typing import Any
 
 from surgery.tensor import FileSpan
 from surgery.writing.journal import Finished, Journal, digest_of
-from surgery.writing.plan import Shard
+from surgery.writing.plan import FILE_BLOCK, Shard
 
 STEP_BYTES = 1 << 26
 """Bytes after which the system is told to begin writing them to the disk."""
@@ -172,7 +173,20 @@ def write_at(fd: int, data: memoryview, offset: int) -> None:
 
 
 def copy(fd: int, span: FileSpan, offset: int) -> None:
-    """Copy a span into a file at `offset`, inside the system where it can."""
+    """Copy a span into a file at `offset`, inside the system where it can.
+
+    Whole blocks go by themselves where they are whole blocks of both files: file systems that
+    share blocks (XFS, Btrfs) then copy nothing.
+    """
+    cuts = [0, span.length]
+    first = -offset % FILE_BLOCK
+    if (span.offset - offset) % FILE_BLOCK == 0 and span.length >= first + FILE_BLOCK:
+        cuts[1:1] = [first, span.length - (offset + span.length) % FILE_BLOCK]
+    for start, stop in pairwise(cuts):
+        _copy(fd, span.part(start, stop), offset + start)
+
+
+def _copy(fd: int, span: FileSpan, offset: int) -> None:
     done = 0
     source = span.file.descriptor
     while done < span.length and hasattr(os, "copy_file_range"):
