@@ -43,7 +43,7 @@ def inspect(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
-    from surgery.anatomy.infer import HEAD_KEYS, first, text_config
+    from surgery.anatomy.infer import HEAD_KEYS, architecture, first, text_config
 
     quantization = checkpoint.quantization
     recognised = _dequantized(checkpoint)
@@ -51,7 +51,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": architecture(checkpoint.config),
         "model_type": checkpoint.config.get("model_type"),
         "parameters": checkpoint.numel,
         "bytes": checkpoint.nbytes,
