@@ -11,6 +11,7 @@ import typer
 from .opening import open_model
 from .options import MODEL, AnatomyFile, AsJson
 from .output import block_ranges, console, count, print_json, size, table
+from .terminal import one_line
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
@@ -166,7 +167,7 @@ def _print(report: dict[str, Any]) -> None:
         if report[key]:
             out.print(title, style="bold")
             for line in report[key][:20]:
-                out.print(f"  {line}")
+                out.print(f"  {one_line(line)}")
             if len(report[key]) > 20:
                 out.print(f"  and {len(report[key]) - 20:,} more")
 

@@ -21,6 +21,11 @@ def plain(text: str) -> str:
     return _OBEYED.sub(lambda found: repr(found.group())[1:-1], text)
 
 
+def one_line(text: str) -> str:
+    """The same of a name in a list, which stays in its line."""
+    return plain(text).replace("\n", "\\n")
+
+
 def one_problem(text: str) -> str:
     """The same of a message: if it has several lines, none can pass for a message of its own."""
     return plain(text).replace("\n", "\n  ")

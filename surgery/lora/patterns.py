@@ -4,6 +4,7 @@ from a stranger may take longer than anybody lives, or more memory than there is
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -16,7 +17,7 @@ from surgery.untrusted import brief
 LONGEST = 1_000
 MOST_REPEATS = 1_000
 """What the counts in braces may multiply to: they are written out as a pattern is compiled."""
-SECONDS = 5.0
+SECONDS = 2.0
 """For all patterns of an adapter. Sound ones take microseconds."""
 
 _COUNTED = re.compile(r"\{(\d*)(?:,(\d*))?\}", re.ASCII)
@@ -44,8 +45,10 @@ def _compiled(pattern: str) -> Any:
     import regex
 
     try:
-        re.compile(pattern)
-        return regex.compile(rf"(.*\.)?({pattern})$")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what a later Python will take otherwise
+            re.compile(pattern)
+            return regex.compile(rf"(.*\.)?({pattern})$")
     except (re.error, regex.error) as error:
         raise ValueError(str(error)) from error
 

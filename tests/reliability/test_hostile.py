@@ -10,12 +10,14 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import INDEX, entry, safetensors_bytes, write_index
+from surgery.commands.main import app
+from typer.testing import CliRunner, Result
 
 from .fuzz.readers import CONFIG, FORBIDDEN, llama, shard
 
@@ -47,6 +49,14 @@ def surgery(*args: object, memory: int | None = MEMORY) -> subprocess.CompletedP
     )
     assert "Traceback" not in done.stderr, done.stderr
     assert not {ord(c) for c in done.stdout + done.stderr} & FORBIDDEN
+    return done
+
+
+def here(*args: object) -> Result:
+    """The same in this process, which has imported what takes seconds."""
+    done = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
+    assert not {ord(c) for c in done.output} & FORBIDDEN
     return done
 
 
@@ -146,13 +156,16 @@ HEADERS: dict[str, tuple[Attack, str]] = {
         "has the type [...]",
     ),
     "wrong UTF-8": (header(b'{"\xff\xfe":1}'), JSON),
-    "half a surrogate pair": (text('{"\\ud800":%s}' % json.dumps(W["w"])), "no encoding can write"),
+    "half a surrogate pair": (
+        header(b'{"\\ud800":' + json.dumps(W["w"]).encode() + b"}"),
+        "no encoding can write",
+    ),
     "a name of a megabyte": (header({"_" * 10**6: W["w"]}), "a name of 1,000,000 characters"),
-    "33 million lists": (many(b"[],"), "some 66,000,003 values"),
+    "33 million lists": (many(b"[],"), "some 66,000,002 values"),
     "25 million numbers": (many(b"[0],"), "values, and 2,000,000 are the most"),
     "one name of 25 million emoji": (
         lambda f: model(f, safetensors_bytes(b'{"' + "\U0001f600".encode() * 24_000_000 + b'":0}')),
-        "has no dtype",
+        "a name of 24,000,000 characters",
     ),
     "a pickle under the wrong name": (
         lambda f: model(f, b"\x80\x04cos\nsystem\n(S'touch owned'\ntR." + bytes(64)),
@@ -316,6 +329,13 @@ DIRECTORIES: dict[str, tuple[Attack, str]] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _without_deep_folders(tmp_path: Path) -> Iterator[None]:
+    """Python's own rmtree, with which pytest clears up, can't remove what is a thousand deep."""
+    yield
+    subprocess.run(["rm", "-rf", tmp_path / "m" / "d"], check=True)
+
+
 @pytest.mark.parametrize("name", DIRECTORIES)
 def test_directories(name: str, tmp_path: Path) -> None:
     make, said = DIRECTORIES[name]
@@ -363,7 +383,8 @@ def test_names_are_text_to_a_terminal(tmp_path: Path) -> None:
     (made / f"{ESC[:4]}.txt").write_text("x")
     done = surgery("inspect", made)
     assert done.returncode == 0
-    assert "[red]\\x1b]0;owned\\x07\\x1b[2J" in done.stdout
+    assert "[red]\\x1b]0;owned" in done.stdout
+    assert "\n  a\\nerror: owned\n" in done.stdout
     assert "[link=http://x]y[/link]" in done.stdout
     assert "\\u202eb" in done.stdout
     assert "../../x" in done.stdout
@@ -380,7 +401,7 @@ def test_a_link_inside_and_the_links_of_the_hub_are_followed(tmp_path: Path) -> 
     (here / "again.txt").symlink_to("vocab.txt")
     assert "again.txt" in json.loads(surgery("inspect", here, "--json").stdout)["companions"]
     repo = tmp_path / "models--org--x"
-    blobs, snapshot = repo / "blobs", repo / "snapshots" / "0" * 40
+    blobs, snapshot = repo / "blobs", repo / "snapshots" / ("0" * 40)
     blobs.mkdir(parents=True)
     snapshot.mkdir(parents=True)
     for name in (MODEL, "config.json"):
@@ -396,7 +417,8 @@ def test_what_is_no_file_is_left_behind(tmp_path: Path) -> None:
     here = model(tmp_path / "m")
     fifo("pipe.txt")(here)
     bound("socket.txt")(here)
-    (here / "folder").symlink_to("/")
+    (here / "inner").mkdir()
+    (here / "folder").symlink_to("inner")
     report = json.loads(surgery("inspect", here, "--json").stdout)
     assert report["left_behind"] == ["folder", "pipe.txt", "socket.txt"]
     done = surgery("lines", here, here, "-o", tmp_path / "out", "--alpha", "0.5", memory=None)
@@ -442,10 +464,13 @@ def test_recipes(name: str, tmp_path: Path) -> None:
     raw, said = RECIPES[name]
     path = tmp_path / "recipe.yaml"
     path.write_bytes(raw if isinstance(raw, bytes) else raw.encode())
-    found = refused(("run", path, "-o", tmp_path / "out"), 3, str(path), memory=None)
+    done = here("run", path, "-o", tmp_path / "out")
+    found = done.stderr
+    assert done.exit_code == 3, found
+    assert str(path) in found
     assert any(each in found for each in said.split("|")), found
     assert not (tmp_path / "out").exists()
-    assert not Path(tempfile.gettempdir(), "owned").exists()
+    assert not Path("owned").exists()
 
 
 def adapter(folder: Path, **changes: Any) -> Path:
@@ -460,9 +485,9 @@ def adapter(folder: Path, **changes: Any) -> Path:
 
 ADAPTERS: dict[str, tuple[dict[str, Any], int, str]] = {
     "a pattern that never ends": (
-        {"rank_pattern": {r"(([a-z]|[a-z0-9])*_?(\.|[0-9])?)*!": 3}},
+        {"rank_pattern": {r"(\w|[a-z]|[._0-9])*(?<!j)": 3}},
         3,
-        "rank_pattern|pattern",
+        "doesn't come to an end",
     ),
     "a pattern that fills the memory": ({"rank_pattern": {"(a{1000}){1000}": 1}}, 3, "repeats"),
     "a count that overflows": ({"alpha_pattern": {"a{99999999999}": 1}}, 3, "repeats"),
@@ -479,10 +504,8 @@ ADAPTERS: dict[str, tuple[dict[str, Any], int, str]] = {
 def test_adapters(name: str, tmp_path: Path) -> None:
     changes, code, said = ADAPTERS[name]
     base, made = model(tmp_path / "m"), adapter(tmp_path / "a", **changes)
-    done = surgery("inspect", f"{base}+{made}", memory=None)
-    if code == 3 and done.returncode == 0 and "never ends" in name:
-        pytest.skip("this version of the regex module sees through the pattern")
-    assert done.returncode == code, done.stderr
+    done = here("inspect", f"{base}+{made}")
+    assert done.exit_code == code, done.stderr
     assert not said or any(each in done.stderr for each in said.split("|")), done.stderr
 
 
@@ -519,9 +542,18 @@ def test_tokenizers(table: Any, code: int, tmp_path: Path) -> None:
     one, two = model(tmp_path / "a"), model(tmp_path / "b")
     for folder in (one, two):
         (folder / "tokenizer.json").write_text(json.dumps(table))
-    options = ("--method", "linear", "--tokenizer", "union", "--dry-run", "-o", tmp_path / "out")
-    done = surgery("merge", one, two, two, *options, memory=None)
-    assert done.returncode == code, done.stderr
+    options = (
+        "--method",
+        "linear",
+        "--no-base",
+        "--tokenizer",
+        "union",
+        "--dry-run",
+        "-o",
+        tmp_path / "out",
+    )
+    done = here("merge", one, two, two, *options)
+    assert done.exit_code == code, done.stderr
 
 
 BUILT: dict[str, tuple[dict[str, Any], str]] = {
@@ -546,6 +578,6 @@ def test_configs_that_a_model_is_built_of(name: str, tmp_path: Path) -> None:
     """`verify` builds the stock model: refused (4), or done where nothing comes of the value."""
     changes, said = BUILT[name]
     one = model(tmp_path / "a", config={**CONFIG, **changes})
-    done = surgery("verify", one, one, memory=None)
-    assert done.returncode in ((4,) if said else (0, 3, 4)), (done.returncode, done.stderr)
+    done = here("verify", one, one)
+    assert done.exit_code in ((4,) if said else (0, 3, 4)), (done.exit_code, done.stderr)
     assert said in done.stderr
