@@ -45,8 +45,8 @@ OTHER_FOLDERS = re.compile(r"onnx|openvino|coreml|original|global_step\d*|__pyca
 """Folders of other formats and of trainers: what is in them belongs to the weights as they were."""
 MOST_SHARDS = 10_000
 """A name that claims more is no count to trust."""
-MOST_TENSORS = 500_000
-"""Ten times what the largest mixtures have, and little enough to hold."""
+MOST_TENSORS = 350_000
+"""More than the largest mixtures have (some 210,000), and few enough to hold in a gigabyte."""
 MOST_COMPANIONS = 100_000
 DEEPEST_FOLDER = 50
 LONGEST_FILE_NAME = 255

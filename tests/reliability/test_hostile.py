@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from conftest import INDEX, entry, safetensors_bytes, write_index
 from surgery.commands.main import app
 from typer.testing import CliRunner, Result
@@ -581,3 +582,79 @@ def test_configs_that_a_model_is_built_of(name: str, tmp_path: Path) -> None:
     done = here("verify", one, one)
     assert done.exit_code in ((4,) if said else (0, 3, 4)), (done.exit_code, done.stderr)
     assert said in done.stderr
+
+
+CARDS: dict[str, str | bytes] = {
+    "a million line breaks": "---" + "\n" * 10**6,
+    "a million fences": "---\n" * 10**6,
+    "tags that raise": "---\nlicense: !!bool maybe\nlanguage: !!timestamp x\n---\n",
+    "a tag that makes an object": "---\nlicense: !!python/object/apply:os.mkdir [owned]\n---\n",
+    "anchors that explode": f"---\n{laughs(10)}\nlicense: *a9\n---\n",
+    "a list in itself": "---\nlicense: &a [*a]\n---\n",
+    "a way out": '---\nlicense: "x\\n---\\n# Owned"\nlanguage: ["a\\nb: c"]\n---\n',
+    "not UTF-8": b"---\nlicense: \xff\xfe\n---\n\x00",
+}
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_cards(name: str, tmp_path: Path) -> None:
+    """The model card of the output says what it says, whatever the input's was."""
+    raw = CARDS[name]
+    base = model(tmp_path / "a: b\n---\n# Owned")
+    (base / "README.md").write_bytes(raw if isinstance(raw, bytes) else raw.encode())
+    (base / "README.input.md").write_text("mine")
+    done = here("lines", base, base, "--alpha", "0.5", "-o", tmp_path / "out")
+    assert done.exit_code == 0, done.stderr
+    lines = (tmp_path / "out" / "README.md").read_text().splitlines()
+    front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+    assert front.keys() <= {"base_model", "library_name", "tags", "license", "language"}
+    assert front["base_model"] == ["a: b\n---\n# Owned"[: len(base.name)]]
+    assert [line for line in lines if line.startswith("#")] == ["# Edited with Surgery"]
+    assert (tmp_path / "out" / "README.input.md").read_text() == "mine"
+    assert (tmp_path / "out" / "README.input1.md").read_bytes() == (base / "README.md").read_bytes()
+    assert not Path("owned").exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "surgery.json", "model.safetensors.index.json"])
+def test_folders_under_the_names_of_outputs(name: str, tmp_path: Path) -> None:
+    """They travel, or are refused (3), or the output can't be written (5): nothing lies there half done."""
+    base = model(tmp_path / "m")
+    (base / name).mkdir()
+    (base / name / "x.txt").write_text("x")
+    done = here("lines", base, base, "--alpha", "0.5", "-o", tmp_path / "out")
+    assert done.exit_code in (0, 3, 5), done.stderr
+    assert (done.exit_code == 0) == (tmp_path / "out").exists()
+    assert {path.name for path in tmp_path.iterdir()} <= {"m", "out"}
+
+
+def test_a_companion_is_copied_in_pieces(tmp_path: Path) -> None:
+    """A large file beside the weights takes no memory."""
+    base = model(tmp_path / "m")
+    with (base / "extra.dat").open("wb") as file:
+        file.truncate(700 << 20)
+    code = (
+        "import resource; from surgery.commands.main import run\n"
+        "try: run()\n"
+        "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    verb = ["lines", base, base, "--alpha", "0.5", "-o", tmp_path / "out", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, verb)],
+        capture_output=True,
+        text=True,
+        cwd=tempfile.gettempdir(),
+        check=True,
+    )
+    assert int(done.stdout.split()[-1]) * 1024 < MEMORY
+    assert (tmp_path / "out" / "extra.dat").stat().st_size == 700 << 20
+
+
+def test_more_tensors_than_can_be_held(tmp_path: Path) -> None:
+    """Two files of 180,000 empty tensors each, which take no room on a disk."""
+    here_ = tmp_path / "m"
+    here_.mkdir()
+    for number in (1, 2):
+        table = {f"t{number}.{n}": entry("U8", [0], 0, 0) for n in range(180_000)}
+        name = f"model-{number:05d}-of-00002.safetensors"
+        (here_ / name).write_bytes(safetensors_bytes(table))
+    refused(("inspect", here_), 3, "tensors: no model has")
