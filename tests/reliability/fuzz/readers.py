@@ -6,10 +6,12 @@ from a coverage-guided fuzzer, `test_fuzz.py` from hypothesis, `test_corpus.py` 
 
 from __future__ import annotations
 
+import atexit
 import io
 import json
 import os
 import random
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
@@ -46,6 +48,7 @@ def workspace() -> Path:
     """A folder of this process, in memory where the system has one for that."""
     shm = Path("/dev/shm")
     made = tempfile.mkdtemp(prefix="surgery-fuzz-", dir=shm if os.access(shm, os.W_OK) else None)
+    atexit.register(shutil.rmtree, made, ignore_errors=True)
     return Path(made)
 
 

@@ -1,4 +1,4 @@
-"""Fuzz the readers with atheris, which is guided by coverage: `pip install atheris`, then
+"""Fuzz the readers with atheris, which is guided by coverage: `pip install .[fuzz]`, then
 
     python tests/reliability/fuzz/run.py READER --seconds 600 --found FOLDER
 
