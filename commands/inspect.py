@@ -11,6 +11,7 @@ import typer
 from .opening import open_model
 from .options import MODEL, AnatomyFile, AsJson
 from .output import block_ranges, console, count, print_json, size, table
+from .terminal import one_line
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
@@ -43,7 +44,7 @@ def inspect(
 
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
-    from surgery.anatomy.infer import HEAD_KEYS, first, text_config
+    from surgery.anatomy.infer import HEAD_KEYS, architecture, first, text_config
 
     quantization = checkpoint.quantization
     recognised = _dequantized(checkpoint)
@@ -51,7 +52,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": architecture(checkpoint.config),
         "model_type": checkpoint.config.get("model_type"),
         "parameters": checkpoint.numel,
         "bytes": checkpoint.nbytes,
@@ -166,7 +167,7 @@ def _print(report: dict[str, Any]) -> None:
         if report[key]:
             out.print(title, style="bold")
             for line in report[key][:20]:
-                out.print(f"  {line}")
+                out.print(f"  {one_line(line)}")
             if len(report[key]) > 20:
                 out.print(f"  and {len(report[key]) - 20:,} more")
 

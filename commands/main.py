@@ -34,6 +34,7 @@ from .merge import merge
 from .methods import methods
 from .run import run as run_
 from .task_vector import task_vector
+from .terminal import one_problem
 from .verify import verify
 
 GC_THRESHOLDS = 200_000, 20, 50
@@ -75,7 +76,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
             verb(*args, **kwargs)
         except SurgeryError as error:
             for problem in error.problems[:SHOWN]:
-                print(f"error: {problem}", file=sys.stderr)
+                print(f"error: {one_problem(problem)}", file=sys.stderr)
             if len(error.problems) > SHOWN:
                 print(
                     f"error: and {len(error.problems) - SHOWN:,} more like these", file=sys.stderr

@@ -122,7 +122,8 @@ class Checkpoint(Weights):
                 return {CONFIG: raw}
         elif not self.config:
             return {}
-        return {CONFIG: (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()}
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        return {CONFIG: text.encode("utf-8", "backslashreplace")}  # half a surrogate pair: escaped
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,6 +6,7 @@ of a model that was widened or got more blocks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -176,4 +177,4 @@ def block_of(name: str, stack: str) -> tuple[int, str] | None:
     if not name.startswith(prefix):
         return None
     number, dot, inner = name[len(prefix) :].partition(".")
-    return (int(number), inner) if dot and number.isascii() and number.isdigit() else None
+    return (int(number), inner) if dot and re.fullmatch("[0-9]{1,9}", number) else None

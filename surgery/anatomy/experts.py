@@ -27,11 +27,11 @@ from surgery.tensor import LazyTensor
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types whose stacked experts have gate and up neuron by neuron: g0, u0, g1, u1, ..."""
 
-_ATTENTION = re.compile(r"(^|[._])\w*(attn|attention)\.")  # JetMoE: attention of experts
+_ATTENTION = re.compile(r"(^|[._])[^\W_]*(attn|attention)\.")  # JetMoE: attention of experts
 _NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
 _SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
 _FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
-_GATE = re.compile(r"(^|[._])\w*gate(\.weight)?$")
+_GATE = re.compile(r"(^|[._])[^\W_]*gate(\.weight)?$")
 _EXPERT_COUNTS = ("moe_num_experts", "num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -57,7 +57,9 @@ def find_experts(
         found.tensors |= group.keys()
         mlp: MLP | str | None
         if any(len(tensor.shape) == 3 for tensor in group.values()):
-            mlp = _stacked(stack, block, group, hidden, config.get("model_type") in INTERLEAVED)
+            mlp = _stacked(
+                stack, block, group, hidden, str(config.get("model_type")) in INTERLEAVED
+            )
         elif any(_FLAT.match(name) for name in group):
             mlp = _flat(stack, block, group, hidden, _count(config))
         else:
@@ -127,7 +129,7 @@ def _stacked(
     in_out, experts = layouts.pop(), counts.pop()
     width = matrices[downs[0]].shape[1 if in_out else 2]
     sizes = [matrices[name].shape[2 if in_out else 1] for name in ups]
-    if sizes not in ([width], [2 * width], [width, width]):
+    if not width or sizes not in ([width], [2 * width], [width, width]):
         return f"no up projection of width {width:,} goes with {downs[0]}"
 
     def projection(name: str, parts: int = 1) -> Projection:
@@ -150,15 +152,16 @@ def _flat(
 ) -> MLP | str:
     """DBRX: w1 (gate), v1 (up) and w2 (down), all (experts * width, hidden)."""
     shapes = {tensor.shape for tensor in group.values()}
-    rows, columns = shapes.pop()
-    if experts is None or len(group) != 3 or shapes or columns != hidden or rows % experts:
+    shape = shapes.pop()
+    known = experts is not None and len(group) == 3 and not shapes and shape[1:] == (hidden,)
+    if experts is None or not known or shape[0] % experts:
         return f"can't tell the experts in {', '.join(sorted(group))} apart"
     by_ending = {name.rpartition(".")[2]: name for name in group}
     gate, up, down = (
         Projection(by_ending[ending], in_out=ending == "w2", experts=experts, flat=True)
         for ending in ("w1", "v1", "w2")
     )
-    return MLP(stack, block, (gate, up), down, rows // experts, hidden)
+    return MLP(stack, block, (gate, up), down, shape[0] // experts, hidden)
 
 
 def _count(config: Mapping[str, Any]) -> int | None:

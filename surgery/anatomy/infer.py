@@ -100,6 +100,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """The first of the classes that the config names."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+
+
 def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     """The first of `keys` that holds a whole number."""
     for key in keys:
@@ -109,9 +115,10 @@ def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def _widths(config: Mapping[str, Any]) -> set[int]:
-    widths = {config[key] for key in WIDTH_KEYS if type(config.get(key)) is int}
     per_layer = config.get(WIDTHS_KEY)
-    return widths | (set(per_layer) if isinstance(per_layer, list) else set())
+    values = [config.get(key) for key in WIDTH_KEYS]
+    values += per_layer if isinstance(per_layer, list) else []
+    return {value for value in values if type(value) is int}
 
 
 def _all_widths(config: Mapping[str, Any]) -> set[int]:
@@ -249,8 +256,8 @@ def _tying(
     """Whether head and embedding are one, and what is odd about what config and files say."""
     key = "tie_word_embeddings"
     says = config.get(key, text_config(config).get(key))
-    classes = config.get("architectures") or [""]
-    with_head = any(word in str(classes[0]) for word in ("ForCausalLM", "LMHead", "MaskedLM"))
+    name = architecture(config) or ""
+    with_head = any(word in name for word in ("ForCausalLM", "LMHead", "MaskedLM"))
     if says is False and head is None and with_head and embedding is not None:
         note = "tie_word_embeddings is false, and no head is stored: it is taken to be tied to"
         return True, (f"{note} {embedding}",)

@@ -136,7 +136,7 @@ def _scaled(name: str, tensors: Mapping[str, LazyTensor], given: Mapping[str, An
     if scale.endswith("_scale"):
         sizes.append((1, columns))
     for height, width in sizes:
-        grid = (*outer, -(-rows // height), -(-columns // width))
+        grid = (*outer, -(-rows // max(1, height)), -(-columns // max(1, width)))
         if tensors[scale].shape in _ways_to_write(grid):
             return Scaled(name, scale, (height, width))
     return (

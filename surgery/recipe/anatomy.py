@@ -114,7 +114,7 @@ def _roles(
     roles = []
     for pattern, role in _table(document, "roles", problems).items():
         at: Steps = ("roles", pattern)
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             problems.add(at, unknown("role", str(role), list(ROLES)))
             continue
         if pattern not in checkpoint and not any(fnmatchcase(n, pattern) for n in checkpoint):

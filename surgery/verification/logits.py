@@ -20,6 +20,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError, UnsupportedError
 from surgery.operations.dequantize import computable
 from surgery.tensor import LazyTensor
+from surgery.untrusted import brief
 from surgery.values import noise
 
 if TYPE_CHECKING:
@@ -186,6 +187,11 @@ def _inputs(base: Checkpoint, seed: int) -> torch.Tensor:
             f"inputs can't be made yet: --no-logits leaves the certificate"
         )
     length = min(TOKENS, first(config, ("max_position_embeddings", "n_positions")) or TOKENS)
+    if not 0 < vocabulary < 2**31 or length < 1:
+        raise UnsupportedError(
+            f"{base.source.reference} has a vocab_size of {brief(vocabulary)} and takes {length} "
+            f"tokens, and no inputs can be made for that: --no-logits leaves the certificate"
+        )
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
 
@@ -246,8 +252,14 @@ def _outputs(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, bool]:
     if "attention_mask" in accepted:
         options["attention_mask"] = torch.ones_like(inputs)
     exact = _float64_throughout() if model.dtype == torch.float64 else nullcontext()
-    with torch.inference_mode(), exact:
-        result = model(inputs, **options, return_dict=True)
+    try:
+        with torch.inference_mode(), exact:
+            result = model(inputs, **options, return_dict=True)
+    except Exception as error:  # of any type: sizes in the config that contradict each other
+        raise UnsupportedError(
+            f"transformers can't run the {type(model).__name__} of this config: {error}; "
+            f"--no-logits leaves the certificate"
+        ) from error
     for name in ("logits", "prediction_logits", "last_hidden_state"):
         value = getattr(result, name, None)
         if value is not None:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint
-from surgery.errors import VerificationError
+from surgery.errors import InputError, VerificationError
 from surgery.expansion import Expansion, expansion_of
 from surgery.growth import Growth, growths_of
+from surgery.opening import read_json
 from surgery.parallel import Progress
 from surgery.verification.certificate import Certificate, Relation, certify
 from surgery.verification.discover import discover_growths
@@ -133,7 +133,7 @@ def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
         if details:
             try:
                 return expansion_of(details, base.anatomy)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # the record tells of another base
     return None
 
@@ -144,7 +144,7 @@ def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
         if details:
             try:
                 return growths_of(details["mlps"], base.anatomy.every_mlp)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # the record tells of another base: the weights decide
     return discover_growths(base, other)
 
@@ -181,12 +181,11 @@ def _in_record(base: Checkpoint, other: Checkpoint, operation: str) -> Mapping[s
 
 def _recorded(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
     """The edits in the record; nothing where there is none, or it isn't ours."""
-    path = checkpoint.source.path / RECORD
-    if checkpoint.history or not path.is_file():
+    if checkpoint.history:
         return []
     try:
-        edits = json.loads(path.read_text(encoding="utf-8"))["edits"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        edits = read_json(checkpoint.source.path / RECORD)["edits"]
+    except (InputError, KeyError):
         return []
     return [edit for edit in edits if isinstance(edit, Mapping)] if isinstance(edits, list) else []
 

@@ -15,8 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
+from surgery.errors import InputError
 from surgery.hub import Source
 from surgery.integrity.digests import hub_digest
+from surgery.opening import read_json
 from surgery.writing.plan import Plan
 
 FORMAT = 1
@@ -146,8 +148,8 @@ def _source(source: Source, digests: Mapping[Path, str]) -> dict[str, Any]:
 def _earlier_edits(folder: Path) -> list[Any]:
     """What had been done to an input before, as its own record tells."""
     try:
-        edits = json.loads((folder / RECORD).read_text(encoding="utf-8"))["edits"]
+        edits = read_json(folder / RECORD)["edits"]
         json.dumps(edits, ensure_ascii=False, allow_nan=False).encode()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (InputError, KeyError, ValueError):
         return []  # no record, or not one of ours
     return edits if isinstance(edits, list) else []

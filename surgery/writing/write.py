@@ -4,6 +4,7 @@ several threads, while bytes that nobody touched are copied from file to file by
 from __future__ import annotations
 
 import errno
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -308,7 +309,10 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        else:
+            shutil.copyfile(content, path)  # in pieces: a companion may be of any size
 
 
 def _check_staged(layout: Plan, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Kill it, starve it, lie to it: what must not happen to anybody's weights."""
