@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -14,6 +14,7 @@ from .output import block_ranges, console, count, print_json, size, table
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
+    from surgery.anatomy import MLP
 
 
 def inspect(
@@ -32,7 +33,7 @@ def inspect(
     if as_anatomy:
         from surgery.recipe import anatomy_yaml
 
-        typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
+        typer.echo(anatomy_yaml(checkpoint.anatomy), nl=False)
         return
     report = describe(checkpoint)
     if json:
@@ -46,8 +47,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     from surgery.anatomy.infer import HEAD_KEYS, first, text_config
 
     quantization = checkpoint.quantization
-    recognised = _dequantized(checkpoint)
-    anatomy, config = recognised.anatomy, text_config(checkpoint.config)
+    scales = checkpoint.scales
+    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
@@ -64,34 +65,21 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(recognised, quantized=quantization is not None),
+        "blocks": _blocks(checkpoint),
         "unrecognised": anatomy.unrecognised,
-        "notes": [*recognised.notes, *anatomy.notes],
+        "notes": [*checkpoint.notes, *(scales.problems if scales else ()), *anatomy.notes],
         "companions": sorted(checkpoint.companions),
         "left_behind": list(checkpoint.left_behind),
     }
 
 
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """What is to be recognised: 8-bit floats without the scales beside them, which are no part of
-    a model; anything else as it is."""
-    from surgery import UnsupportedError, dequantize
-
-    if checkpoint.quantization is None or not checkpoint.quantization.scaled:
-        return checkpoint
-    try:
-        return replace(dequantize(checkpoint), notes=checkpoint.notes)  # nothing was done yet
-    except UnsupportedError as error:
-        return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
-
-
-def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
+def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """Every block: its parameters, its MLP, and why that can't be grown if so."""
-    packed = "its weights are quantized" if quantized else None
     anatomy = checkpoint.anatomy
+    scales = checkpoint.scales.weight_of if checkpoint.scales else {}
     parameters: Counter[tuple[str, int]] = Counter()
     for name, place in anatomy.places.items():
-        if place.stack is not None and place.block is not None:
+        if place.stack is not None and place.block is not None and name not in scales:
             parameters[place.stack, place.block] += checkpoint[name].numel
     described = []
     for stack, depth in anatomy.stacks.items():
@@ -123,10 +111,27 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
                         for expert in experts
                     ],
                     "no_growth": anatomy.no_growth.get((stack, block))
-                    or ((mlp or experts) and packed),
+                    or _packed(checkpoint, [*filter(None, [mlp]), *experts]),
                 }
             )
     return described
+
+
+def _packed(checkpoint: Checkpoint, mlps: Sequence[MLP]) -> str | None:
+    """Why MLPs can't be grown as their weights are stored."""
+    from surgery import UnsupportedError
+    from surgery.operations.scales import neurons_in_a_block
+
+    if checkpoint.quantization is None or not mlps:
+        return None
+    if checkpoint.scales is None or checkpoint.scales.problems:
+        return "its weights are quantized"
+    try:
+        for mlp in mlps:
+            neurons_in_a_block(checkpoint, mlp, checkpoint.scales.scaled)
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _print(report: dict[str, Any]) -> None:

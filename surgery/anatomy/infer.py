@@ -52,6 +52,16 @@ class Anatomy:
         plain = {key: (mlp,) for key, mlp in self.mlps.items()}
         return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
 
+    def beside(self, owner: Mapping[str, str]) -> Anatomy:
+        """The same with more tensors, which belong to others (`owner` says to which): they have
+        the role of those, and stand in the same block."""
+        places = dict(self.places)
+        for name, weight in owner.items():
+            place = places[weight]
+            outer = weight.removesuffix(place.inner)
+            places[name] = replace(place, inner=name.removeprefix(outer))
+        return replace(self, places=places)
+
     @property
     def unrecognised(self) -> list[str]:
         return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]

@@ -28,11 +28,13 @@ ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale")
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight of 8-bit floats, the name of its scale, and the size of a block of it."""
+    """A weight of 8-bit floats, the name of its scale, and the size of a block of it. `fixed` says
+    that blocks have that size whatever the matrix's: else they run along it as far as it goes."""
 
     weight: str
     scale: str
     block: tuple[int, int]
+    fixed: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,14 @@ class Layout:
     """All weights that have scales, by name; the scales of activations; and what is wrong."""
 
     scaled: Mapping[str, Scaled]
-    activations: tuple[str, ...]
+    activations: Mapping[str, str]
+    """The weight beside which each lies, by its name."""
     problems: tuple[str, ...]
+
+    @property
+    def weight_of(self) -> dict[str, str]:
+        """The weight that a tensor belongs to, for every scale."""
+        return {found.scale: name for name, found in self.scaled.items()} | dict(self.activations)
 
 
 def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Layout:
@@ -57,9 +65,13 @@ def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) ->
             problems.append(found)
         else:
             scaled[name] = found
-    stems = {name.removesuffix("weight") for name in scaled if name.endswith("weight")}
-    stems |= {f"{name}_" for name in scaled if not name.endswith("weight")}
-    activations = [stem + word for stem in stems for word in ACTIVATIONS if stem + word in tensors]
+    stems = {n.removesuffix("weight") if n.endswith("weight") else f"{n}_": n for n in scaled}
+    activations = {
+        stem + word: stems[stem]
+        for stem in sorted(stems)
+        for word in ACTIVATIONS
+        if stem + word in tensors
+    }
     used = {one.scale for one in scaled.values()}
     problems += [
         f"{name} is {tensor.dtype} {list(tensor.shape)}, and there is no weight of 8-bit floats "
@@ -67,7 +79,7 @@ def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) ->
         for name, tensor in tensors.items()
         if name.endswith(("_scale_inv", ".weight_scale")) and name not in used and not problems
     ]
-    return Layout(scaled, tuple(sorted(activations)), tuple(problems))
+    return Layout(scaled, activations, tuple(problems))
 
 
 def dequantized_tensor(tensors: Mapping[str, LazyTensor], found: Scaled) -> LazyTensor:
@@ -138,7 +150,7 @@ def _scaled(name: str, tensors: Mapping[str, LazyTensor], given: Mapping[str, An
     for height, width in sizes:
         grid = (*outer, -(-rows // height), -(-columns // width))
         if tensors[scale].shape in _ways_to_write(grid):
-            return Scaled(name, scale, (height, width))
+            return Scaled(name, scale, (height, width), fixed=(height, width) == block)
     return (
         f"{scale} is {list(tensors[scale].shape)}, and {name} is {list(weight.shape)}: that is no "
         f"scale for each {' or '.join(f'{height} x {width}' for height, width in sizes)} block"
