@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -45,6 +45,7 @@ def inspect(
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
     from surgery.anatomy.infer import HEAD_KEYS, first, text_config
+    from surgery.anatomy.mixing import find_mixing
 
     quantization = checkpoint.quantization
     scales = checkpoint.scales
@@ -65,7 +66,7 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(checkpoint),
+        "blocks": _blocks(checkpoint, find_mixing(checkpoint.tensors, anatomy.places, config)),
         "unrecognised": anatomy.unrecognised,
         "notes": [*checkpoint.notes, *(scales.problems if scales else ()), *anatomy.notes],
         "companions": sorted(checkpoint.companions),
@@ -73,8 +74,10 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
-    """Every block: its parameters, its MLP, and why that can't be grown if so."""
+def _blocks(
+    checkpoint: Checkpoint, mixing: Mapping[tuple[str, int], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Every block: its parameters, what mixes tokens, its MLP, and why that can't be grown if so."""
     anatomy = checkpoint.anatomy
     scales = checkpoint.scales.weight_of if checkpoint.scales else {}
     parameters: Counter[tuple[str, int]] = Counter()
@@ -91,6 +94,7 @@ def _blocks(checkpoint: Checkpoint) -> list[dict[str, Any]]:
                     "stack": stack,
                     "block": block,
                     "parameters": parameters[stack, block],
+                    "mixing": list(mixing.get((stack, block), ())),
                     "mlp": None
                     if mlp is None
                     else {
@@ -181,31 +185,31 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for block in blocks:
         mlp = block["mlp"] or {}
-        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"))
         experts = _experts(block["experts"])
-        key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
+        kind = (
+            ("gated" if mlp["gated"] else "plain") + (", fused" if mlp["fused"] else "")
+            if mlp
+            else ""
+        )
+        kind += ", (in, out)" if mlp.get("layout") == "in, out" else ""
+        known = "; ".join(filter(None, (kind, experts)))
+        key = (
+            block["stack"],
+            block["parameters"],
+            " + ".join(block["mixing"]) or "none",
+            f"{mlp['width']:,}" if mlp else "",
+            known or ("not recognised" if block["no_growth"] else "no MLP"),
+            block["no_growth"] or ("yes" if known else ""),
+        )
         alike.setdefault(key, []).append(block["block"])
     made = table(
-        "stack", "blocks", "parameters each", "MLP width", "MLP", "stored", "grow",
-        left=("stack", "blocks", "MLP", "stored", "grow"),
+        "stack", "blocks", "parameters", "mixes tokens", "width", "MLP", "grow",
+        left=("stack", "blocks", "mixes tokens", "MLP", "grow"),
     )  # fmt: skip
-    made.columns[-1].no_wrap = False
-    for (
-        (stack, parameters, width, gated, fused, layout, experts, reason),
-        numbers,
-    ) in alike.items():
-        kind = "gated" if gated else "plain"
-        kind = f"{kind}, fused" if fused else kind if width else ""
-        mlps = "; ".join(filter(None, (kind, experts)))
-        made.add_row(
-            stack,
-            block_ranges(numbers),
-            count(parameters),
-            f"{width:,}" if width else "",
-            mlps or "none recognised",
-            layout or "",
-            reason or ("yes" if mlps else "no"),
-        )
+    for column in made.columns[3:]:
+        column.no_wrap = False
+    for (stack, parameters, *rest), numbers in alike.items():
+        made.add_row(stack, block_ranges(numbers), count(parameters), *rest)
     return made
 
 

@@ -98,7 +98,9 @@ def _groups(
 
 
 def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
-    return len(tensor.shape) == 3 and hidden in tensor.shape[1:] and not _ATTENTION.search(name)
+    """Whether it is a matrix for each expert: one of a single row is a vector, as RWKV has them."""
+    sides = tensor.shape[1:]
+    return len(sides) == 2 and hidden in sides and 1 not in sides and not _ATTENTION.search(name)
 
 
 def _parent(inner: str) -> str:

@@ -39,7 +39,7 @@ class Place:
 
 _NUMBER = re.compile(r"(?<![^.])(\d+)\.")
 _STATE = re.compile(r"\.(A_log|dt_bias|time_decay|recurrent_param)$")
-_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv)([._]|$)")
+_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv|[if]gate_preact)([._]|$)")
 
 # Words of a name, most telling first. A word counts where it stands between dots and
 # underscores, so that "proj" isn't in "projector"; "ln_1" and "layernorm" are patterns.
