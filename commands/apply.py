@@ -9,7 +9,8 @@ import typer
 
 from surgery.errors import ArgumentError
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
 from .output import console
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -31,6 +32,7 @@ def apply(
             "A negative one unlearns."
         ),
     ] = "1",
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -44,7 +46,7 @@ def apply(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json)
-    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    given = open_model(base, anatomy, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
     if dry_run:  # whose they are is told by their base's weights, which aren't read
         opened = [replace(vector, base=given) for vector in opened]

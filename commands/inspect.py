@@ -33,7 +33,8 @@ def inspect(
     if as_anatomy:
         from surgery.recipe import anatomy_yaml
 
-        typer.echo(anatomy_yaml(checkpoint.anatomy), nl=False)
+        scales = checkpoint.scales.weight_of if checkpoint.scales else {}
+        typer.echo(anatomy_yaml(checkpoint.anatomy, leave_out=scales), nl=False)
         return
     report = describe(checkpoint)
     if json:

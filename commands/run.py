@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    AnatomyFile,
     AsJson,
     Device,
     DeviceOption,
@@ -45,6 +46,7 @@ def run(
             "--set", metavar="NAME=VALUE", help="Change the recipe: inputs.base=./m; repeatable."
         ),
     ] = None,
+    anatomy: AnatomyFile = None,
     report: Report = None,
     verify: Verify = True,
     logits: Logits = True,
@@ -65,7 +67,7 @@ def run(
     from surgery.recipe.chain import Work
     from surgery.recipe.checks import Proving
 
-    given = load_recipe(recipe, changes=change or [])
+    given = load_recipe(recipe, changes=change or [], anatomy=anatomy)
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -27,6 +28,7 @@ def task_vector(
     dtype: Annotated[
         StoredAs, typer.Option(help="Store it as float32, or rounded to the tuned model's type.")
     ] = StoredAs.float32,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json: AsJson = False,
@@ -42,8 +44,8 @@ def task_vector(
 
     target = Target(out, max_shard_size, threads, overwrite, json)
     vector = surgery.task_vector(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        surgery.open_checkpoint(tuned, headers_only=dry_run),
+        open_model(base, anatomy, headers_only=dry_run),
+        open_model(tuned, anatomy, headers_only=dry_run),
         dtype=dtype.value,
     )
     if dry_run:

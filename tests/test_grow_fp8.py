@@ -26,6 +26,7 @@ from surgery import (
     write,
 )
 from surgery.modeling.layers import stored_shapes
+from surgery.recipe import correct_anatomy
 
 Make = Callable[..., Path]
 SIZES = {"hidden_size": 256, "intermediate_size": 256, "num_key_value_heads": 2}
@@ -300,3 +301,14 @@ def test_shared_names(dense: Path):
     place = found.places["model.layers.1.mlp.up_proj.weight_scale_inv"]
     assert (place.stack, place.block) == ("model.layers", 1)
     assert place.inner == "mlp.up_proj.weight_scale_inv"
+
+
+def test_the_anatomy_is_printed_without_scales(dense: Path, tmp_path: Path):
+    from surgery.commands.main import app
+    from typer.testing import CliRunner
+
+    printed = CliRunner().invoke(app, ["inspect", str(dense), "--as-anatomy"]).stdout
+    assert "scale" not in printed
+    (tmp_path / "anatomy.yaml").write_text(printed)
+    given = open_checkpoint(dense)
+    assert correct_anatomy(given, tmp_path / "anatomy.yaml").anatomy == given.anatomy
