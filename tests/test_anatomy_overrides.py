@@ -348,6 +348,7 @@ STORED: dict[str, Any] = {
             "down": "back.weight",
             "parts": 1,
             "in_out": False,
+            "interleaved": False,
             "blocks": [0],
         }
     ],
@@ -381,6 +382,7 @@ MLP_ENTRY = STORED["mlps"][0]
         {**STORED, "mlps": [{**MLP_ENTRY, "ups": []}]},
         {**STORED, "mlps": [{**MLP_ENTRY, "ups": ["a", "b"], "parts": 2}]},
         {**STORED, "mlps": [{**MLP_ENTRY, "in_out": 1}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "interleaved": True}]},
         {**STORED, "mlps": [{**MLP_ENTRY, "blocks": [-1]}]},
         {**STORED, "mlps": [{**MLP_ENTRY, "down": None}]},
         {**STORED, "mlps": [{"stack": "net"}]},

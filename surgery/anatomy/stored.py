@@ -33,6 +33,7 @@ def as_data(corrections: Corrections) -> dict[str, Any]:
                 "down": mlp.down,
                 "parts": mlp.parts,
                 "in_out": mlp.in_out,
+                "interleaved": mlp.interleaved,
                 "blocks": None if mlp.blocks is None else sorted(mlp.blocks),
             }
             for mlp in corrections.mlps
@@ -54,13 +55,15 @@ def from_data(data: Any) -> Corrections:
 
 
 def _mlp(data: Any) -> MLPCorrection:
-    entry = _table(data, {"stack", "ups", "down", "parts", "in_out", "blocks"})
+    entry = _table(data, {"stack", "ups", "down", "parts", "in_out", "interleaved", "blocks"})
     ups, blocks = tuple(map(_name, _list(entry["ups"]))), entry["blocks"]
     parts, in_out = entry["parts"], entry["in_out"]
     if type(parts) is not int or (len(ups), parts) not in ((1, 1), (1, 2), (2, 1)):
         raise ValueError("an MLP has one or two ups, or both in one matrix")
-    if type(in_out) is not bool:
-        raise ValueError("in_out is true or false")
+    if type(in_out) is not bool or type(entry["interleaved"]) is not bool:
+        raise ValueError("in_out and interleaved are true or false")
+    if entry["interleaved"] and parts != 2:
+        raise ValueError("only gate and up in one matrix are interleaved")
     if blocks is not None and any(type(block) is not int or block < 0 for block in _list(blocks)):
         raise ValueError("blocks are numbers from 0")
     return MLPCorrection(
@@ -70,6 +73,7 @@ def _mlp(data: Any) -> MLPCorrection:
         parts,
         in_out,
         None if blocks is None else frozenset(blocks),
+        entry["interleaved"],
     )
 
 

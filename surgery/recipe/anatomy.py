@@ -43,6 +43,7 @@ class _MLP(BaseModel):
     down: str
     parts: Literal[1, 2] = 1
     in_out: bool = False
+    interleaved: bool = False
 
 
 def correct_anatomy(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
@@ -176,6 +177,9 @@ def _mlps(
         if len(entry.ups) == 2 and entry.parts == 2:
             problems.add((*at, "parts"), "2 is for gate and up in one matrix, and ups has two")
             continue
+        if entry.interleaved and entry.parts != 2:
+            problems.add((*at, "interleaved"), "this is for gate and up in one matrix: parts: 2")
+            continue
         correction = MLPCorrection(
             entry.stack,
             tuple(entry.ups),
@@ -183,6 +187,7 @@ def _mlps(
             entry.parts,
             entry.in_out,
             None if len(blocks) == stacks[entry.stack] else frozenset(blocks),
+            entry.interleaved,
         )
         for block in blocks:
             for problem in correction.problems(checkpoint, block):
@@ -224,12 +229,14 @@ def _alike(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
                 "down": down,
                 "parts": parts,
                 "in_out": in_out,
+                **({"interleaved": True} if interleaved else {}),
             }
-            for (ups, down, parts, in_out), blocks in forms.items()
+            for (ups, down, parts, in_out, interleaved), blocks in forms.items()
         ]
 
 
 def _form(mlp: MLP, anatomy: Anatomy) -> tuple[Any, ...]:
     places = anatomy.places
     ups = tuple(places[up.weight].inner for up in mlp.ups)
-    return ups, places[mlp.down.weight].inner, mlp.ups[0].parts, mlp.down.in_out
+    up = mlp.ups[0]
+    return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved
