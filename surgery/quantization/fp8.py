@@ -3,7 +3,7 @@
 A weight of 8-bit floats is cut into blocks, and each block has one scale, by which its values are
 multiplied: blocks of 128 x 128 (DeepSeek-V3's `weight_scale_inv`, which in spite of its name is a
 factor and no divisor), of one row (`weight_scale` of FBGEMM and of compressed-tensors'
-"channel"), or the whole matrix ("tensor").
+"channel"), of 32 in a row (MXFP8), or the whole matrix ("tensor", and ModelOpt's FP8).
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES
-from surgery.quantization.schemes import FLOAT8, quantization_config, weight_groups
+from surgery.quantization.schemes import FLOAT8, microscaled, quantization_config, weight_groups
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_BLOCK = (128, 128)
+MICROSCALED = (1, 32)
 ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale")
 """Scales of what goes into a quantized product: they are no part of the weight."""
 
@@ -169,11 +170,14 @@ def _ways_to_write(grid: tuple[int, ...]) -> set[tuple[int, ...]]:
 
 def _block_size(given: Mapping[str, Any]) -> tuple[int, int]:
     """What the config says of blocks, or what DeepSeek-V3 has."""
-    return _pair(given.get("weight_block_size")) or DEFAULT_BLOCK
+    default = MICROSCALED if microscaled(given) else DEFAULT_BLOCK
+    return _pair(given.get("weight_block_size")) or default
 
 
 def _strategy_block(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The blocks of compressed-tensors' strategy of that name, if it is used."""
+    """The blocks of compressed-tensors' strategy of that name, if it is used, or of MXFP8."""
+    if microscaled(given):
+        return MICROSCALED
     groups = weight_groups(given)
     return next((pair for group in groups if (pair := _pair(group.get("block_structure")))), None)
 
@@ -189,7 +193,7 @@ def _bad_type(scale: LazyTensor, given: Mapping[str, Any]) -> str | None:
     if scale.dtype.name in ("F32", "BF16", "F16", "F8_E8M0"):
         return None
     if scale.dtype.name == "U8":
-        if given.get("scale_fmt") == "ue8m0":
+        if given.get("scale_fmt") == "ue8m0" or microscaled(given):
             return None
         return "bytes are exponents of two where quantization_config has scale_fmt ue8m0, and it hasn't"
     return "scales are floats"
