@@ -154,6 +154,8 @@ def test_a_stack_of_one_and_the_scale_of_lines(tmp_path: Path):
         correct_anatomy(base, path), correct_anatomy(tuned, path), alpha=0.25, outside="depth"
     )
     assert plain.anatomy.stacks == {}
+    assert "no blocks were recognised, so that every tensor has the factor 0.25" in plain.notes[0]
+    assert not any("no blocks" in note for note in right.notes)
     assert right.anatomy.stacks == {"cells": 1}
     assert right.anatomy.places["cells.0.attn.q_proj.weight"].role is Role.ATTENTION
     name = "cells.0.ffn.up.weight"

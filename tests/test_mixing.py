@@ -49,6 +49,14 @@ def test_hybrids(model_type: str, with_config: bool, tmp_path: Path):
     assert {block: " + ".join(found[stack, block]) for block in blocks} == blocks
 
 
+def test_a_router_by_another_name(tmp_path: Path):
+    """Nemotron-H's is called mixer.gate; a row for each expert tells it."""
+    causal = next(kind for kind in kinds_of("nemotron_h") if kind.kind == "causal")
+    model = open_checkpoint(build(causal, tmp_path / "m").folder)
+    assert model.anatomy.places["backbone.layers.1.mixer.gate.weight"].role.value == "router"
+    assert not model.anatomy.unrecognised
+
+
 def raw(tmp_path: Path, blocks: Mapping[int, Mapping[str, tuple[int, ...]]], **how: Any) -> Path:
     tensors = {
         f"layers.{block}.{name}": torch.randn(shape)

@@ -94,6 +94,7 @@ def infer(
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
             places[key] = replace(places[key], role=Role.EXPERT)
+    _place_routers(tensors, places, in_blocks, experts)
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
@@ -176,6 +177,23 @@ def _experts(
         if left or any(mlp.kind == "routed" for mlp in experts.mlps) or experts.problems:
             found[key] = experts  # what is shared by no others is a plain MLP
     return found
+
+
+def _place_routers(
+    tensors: Mapping[str, LazyTensor],
+    places: dict[str, Place],
+    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
+    experts: Mapping[tuple[str, int], Experts],
+) -> None:
+    """Give the role to a matrix without one that has a row for each expert beside it."""
+    for key, found in experts.items():
+        routed = [mlp for mlp in found.mlps if mlp.kind == "routed"]
+        if not routed:
+            continue
+        shape = routed[0].down.experts or len(routed), routed[0].hidden
+        for name in blocks[key]:
+            if places[name].role is Role.UNKNOWN and tensors[name].shape == shape:
+                places[name] = replace(places[name], role=Role.ROUTER)
 
 
 def _choices(block: Mapping[str, LazyTensor], hidden: int) -> set[int]:

@@ -6,7 +6,7 @@ quantization/fp8.py for what is turned back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -61,14 +61,15 @@ def computable(**models: Checkpoint) -> list[Checkpoint]:
     ]
 
 
-def values(model: Checkpoint) -> Checkpoint:
-    """The model with what its 8-bit floats stand for, in float32, and all its other tensors; one
-    without any as it is. Raises UnsupportedError for what is packed in another way."""
-    if model.quantization is None:
-        return model
-    made = dequantize(model, dtype="float32")
-    activations = model.scales.activations if model.scales is not None else ()
-    return replace(made, tensors={**made.tensors, **{name: model[name] for name in activations}})
+def values(model: Checkpoint, names: Container[str] | None = None) -> Checkpoint:
+    """The model with what those of its 8-bit floats (all unless given) stand for, in float32, and
+    without their scales; the rest as it is stored. Raises UnsupportedError for what is packed in
+    another way."""
+    chosen = [s for n, s in scaled_weights(model).items() if names is None or n in names]
+    made = {found.weight: dequantized_tensor(model, found) for found in chosen}
+    gone = {found.scale for found in chosen}
+    tensors = {name: made.get(name, tensor) for name, tensor in model.items() if name not in gone}
+    return replace(model, tensors=tensors)
 
 
 def scaled_weights(base: Checkpoint) -> Mapping[str, Scaled]:

@@ -64,13 +64,14 @@ def certify(
     progress: Progress | None = None,
 ) -> Certificate:
     """Compare `other` with `base`, tensor by tensor, as `relation` says it was made of it. Of
-    8-bit floats what they stand for is compared, in float32.
+    8-bit floats in what was grown what they stand for is compared, in float32.
 
     Raises UnsupportedError if the blocks of an expansion can't be followed.
     """
     if isinstance(relation, Expansion):
         return _certify_expansion(base, other, relation, threads, progress)
-    base, other = values(base), values(other)
+    wider = {name for growth in relation for name in growth.mlp.tensors}
+    base, other = values(base, wider), values(other, wider)
     failures: dict[str, str] = {}
     missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in other]
     missing += [f"{name} isn't in the base" for name in other if name not in base]
