@@ -168,17 +168,18 @@ def _print(report: dict[str, Any]) -> None:
     out.print(facts)
     if report["blocks"]:
         out.print(_block_table(report["blocks"]))
-    for title, key in (
-        ("Not recognised (copied as they are)", "unrecognised"),
-        ("Noticed", "notes"),
-        ("Files that don't travel", "left_behind"),
+    for title, lines in (
+        ("Can't be grown", _refusals(report["blocks"])),
+        ("Not recognised (copied as they are)", report["unrecognised"]),
+        ("Noticed", report["notes"]),
+        ("Files that don't travel", report["left_behind"]),
     ):
-        if report[key]:
+        if lines:
             out.print(title, style="bold")
-            for line in report[key][:20]:
+            for line in lines[:20]:
                 out.print(f"  {line}")
-            if len(report[key]) > 20:
-                out.print(f"  and {len(report[key]) - 20:,} more")
+            if len(lines) > 20:
+                out.print(f"  and {len(lines) - 20:,} more")
 
 
 def _block_table(blocks: list[dict[str, Any]]) -> Any:
@@ -200,7 +201,7 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
             " + ".join(block["mixing"]) or "none",
             f"{mlp['width']:,}" if mlp else "",
             known or ("not recognised" if block["no_growth"] else "no MLP"),
-            block["no_growth"] or ("yes" if known else ""),
+            "no" if block["no_growth"] else "yes" if known else "",
         )
         alike.setdefault(key, []).append(block["block"])
     made = table(
@@ -212,6 +213,18 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     for (stack, parameters, *rest), numbers in alike.items():
         made.add_row(stack, block_ranges(numbers), count(parameters), *rest)
     return made
+
+
+def _refusals(blocks: list[dict[str, Any]]) -> list[str]:
+    """Why blocks can't be grown, a line for those of a stack that have the same reason."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for block in blocks:
+        if block["no_growth"]:
+            reason = block["no_growth"].replace(f"{block['stack']}.{block['block']}.", "")
+            alike.setdefault((block["stack"], reason), []).append(block["block"])
+    return [
+        f"{stack} {block_ranges(numbers)}: {reason}" for (stack, reason), numbers in alike.items()
+    ]
 
 
 def _experts(experts: list[dict[str, Any]]) -> str:

@@ -109,3 +109,14 @@ def test_gates_of_a_channel_mix_are_no_experts(make_model: Callable[..., Path]):
     assert not model.anatomy.experts
     assert not model.anatomy.no_growth
     assert {mlp.width for mlp in model.anatomy.mlps.values()} == {24}
+
+
+def test_reasons_stand_below_the_table(tmp_path: Path):
+    odd = {**ATTENTION, "ffn.a.weight": (40, 16), "ffn.b.weight": (16, 40), "c.weight": (16, 8)}
+    path = raw(tmp_path, {0: odd, 1: odd, 2: {**ATTENTION, **MLP}})
+    said = CliRunner().invoke(app, ["inspect", str(path)], env={"COLUMNS": "80"}).stdout
+    table, _, below = said.partition("Can't be grown\n")
+    rows = [line.split() for line in table.splitlines() if line.strip().startswith("layers")]
+    assert [row[1] for row in rows] == ["0-1", "2"]
+    assert rows[0][-3:] == ["not", "recognised", "no"]
+    assert "layers 0-1: can't tell which of c.weight, " in " ".join(below.split())

@@ -41,8 +41,8 @@ def neurons_in_a_block(base: Checkpoint, mlp: MLP, scaled: Mapping[str, Scaled])
             unit = lcm(unit, size)
             if mlp.width % size:
                 raise UnsupportedError(
-                    f"its width of {mlp.width:,} isn't a multiple of {size}, the neurons that "
-                    f"share a scale, which are copied together: {REMEDY}"
+                    f"its width of {mlp.width:,} isn't a multiple of {size}, and so many neurons "
+                    f"share a scale and are copied together: {REMEDY}"
                 )
         dtype = base[scaled[name].scale].dtype
         if projection is mlp.down and dtype.name not in SPLITTABLE:
