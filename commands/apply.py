@@ -9,8 +9,10 @@ import typer
 
 from surgery.errors import ArgumentError
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Checksums,
     DryRun,
@@ -42,6 +44,7 @@ def apply(
             "A negative one unlearns."
         ),
     ] = "1",
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
     checksums: Checksums = False,
@@ -58,7 +61,7 @@ def apply(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
-    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    given = open_model(base, anatomy, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
     if dry_run:  # whose they are is told by their base's weights, which aren't read
         opened = [replace(vector, base=given) for vector in opened]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -15,6 +15,7 @@ from .terminal import one_line
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
+    from surgery.anatomy import MLP
 
 
 def inspect(
@@ -33,7 +34,8 @@ def inspect(
     if as_anatomy:
         from surgery.recipe import anatomy_yaml
 
-        typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
+        scales = checkpoint.scales.weight_of if checkpoint.scales else {}
+        typer.echo(anatomy_yaml(checkpoint.anatomy, leave_out=scales), nl=False)
         return
     report = describe(checkpoint)
     if json:
@@ -45,10 +47,11 @@ def inspect(
 def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """The report as plain data."""
     from surgery.anatomy.infer import HEAD_KEYS, architecture, first, text_config
+    from surgery.anatomy.mixing import find_mixing
 
     quantization = checkpoint.quantization
-    recognised = _dequantized(checkpoint)
-    anatomy, config = recognised.anatomy, text_config(checkpoint.config)
+    scales = checkpoint.scales
+    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
@@ -65,34 +68,23 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(recognised, quantized=quantization is not None),
+        "blocks": _blocks(checkpoint, find_mixing(checkpoint.tensors, anatomy.places, config)),
         "unrecognised": anatomy.unrecognised,
-        "notes": [*recognised.notes, *anatomy.notes],
+        "notes": [*checkpoint.notes, *(scales.problems if scales else ()), *anatomy.notes],
         "companions": sorted(checkpoint.companions),
         "left_behind": list(checkpoint.left_behind),
     }
 
 
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """What is to be recognised: 8-bit floats without the scales beside them, which are no part of
-    a model; anything else as it is."""
-    from surgery import UnsupportedError, dequantize
-
-    if checkpoint.quantization is None or not checkpoint.quantization.scaled:
-        return checkpoint
-    try:
-        return replace(dequantize(checkpoint), notes=checkpoint.notes)  # nothing was done yet
-    except UnsupportedError as error:
-        return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
-
-
-def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
-    """Every block: its parameters, its MLP, and why that can't be grown if so."""
-    packed = "its weights are quantized" if quantized else None
+def _blocks(
+    checkpoint: Checkpoint, mixing: Mapping[tuple[str, int], Sequence[str]]
+) -> list[dict[str, Any]]:
+    """Every block: its parameters, what mixes tokens, its MLP, and why that can't be grown if so."""
     anatomy = checkpoint.anatomy
+    scales = checkpoint.scales.weight_of if checkpoint.scales else {}
     parameters: Counter[tuple[str, int]] = Counter()
     for name, place in anatomy.places.items():
-        if place.stack is not None and place.block is not None:
+        if place.stack is not None and place.block is not None and name not in scales:
             parameters[place.stack, place.block] += checkpoint[name].numel
     described = []
     for stack, depth in anatomy.stacks.items():
@@ -104,6 +96,7 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
                     "stack": stack,
                     "block": block,
                     "parameters": parameters[stack, block],
+                    "mixing": list(mixing.get((stack, block), ())),
                     "mlp": None
                     if mlp is None
                     else {
@@ -124,10 +117,27 @@ def _blocks(checkpoint: Checkpoint, *, quantized: bool) -> list[dict[str, Any]]:
                         for expert in experts
                     ],
                     "no_growth": anatomy.no_growth.get((stack, block))
-                    or ((mlp or experts) and packed),
+                    or _packed(checkpoint, [*filter(None, [mlp]), *experts]),
                 }
             )
     return described
+
+
+def _packed(checkpoint: Checkpoint, mlps: Sequence[MLP]) -> str | None:
+    """Why MLPs can't be grown as their weights are stored."""
+    from surgery import UnsupportedError
+    from surgery.operations.scales import neurons_in_a_block
+
+    if checkpoint.quantization is None or not mlps:
+        return None
+    if checkpoint.scales is None or checkpoint.scales.problems:
+        return "its weights are quantized"
+    try:
+        for mlp in mlps:
+            neurons_in_a_block(checkpoint, mlp, checkpoint.scales.scaled)
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -159,17 +169,18 @@ def _print(report: dict[str, Any]) -> None:
     out.print(facts)
     if report["blocks"]:
         out.print(_block_table(report["blocks"]))
-    for title, key in (
-        ("Not recognised (copied as they are)", "unrecognised"),
-        ("Noticed", "notes"),
-        ("Files that don't travel", "left_behind"),
+    for title, lines in (
+        ("Can't be grown", _refusals(report["blocks"])),
+        ("Not recognised (copied as they are)", report["unrecognised"]),
+        ("Noticed", report["notes"]),
+        ("Files that don't travel", report["left_behind"]),
     ):
-        if report[key]:
+        if lines:
             out.print(title, style="bold")
-            for line in report[key][:20]:
+            for line in lines[:20]:
                 out.print(f"  {one_line(line)}")
-            if len(report[key]) > 20:
-                out.print(f"  and {len(report[key]) - 20:,} more")
+            if len(lines) > 20:
+                out.print(f"  and {len(lines) - 20:,} more")
 
 
 def _block_table(blocks: list[dict[str, Any]]) -> Any:
@@ -177,32 +188,44 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for block in blocks:
         mlp = block["mlp"] or {}
-        look = (mlp.get("width"), mlp.get("gated"), mlp.get("fused"), mlp.get("layout"))
         experts = _experts(block["experts"])
-        key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
+        kind = (
+            ("gated" if mlp["gated"] else "plain") + (", fused" if mlp["fused"] else "")
+            if mlp
+            else ""
+        )
+        kind += ", (in, out)" if mlp.get("layout") == "in, out" else ""
+        known = "; ".join(filter(None, (kind, experts)))
+        key = (
+            block["stack"],
+            block["parameters"],
+            " + ".join(block["mixing"]) or "none",
+            f"{mlp['width']:,}" if mlp else "",
+            known or ("not recognised" if block["no_growth"] else "no MLP"),
+            "no" if block["no_growth"] else "yes" if known else "",
+        )
         alike.setdefault(key, []).append(block["block"])
     made = table(
-        "stack", "blocks", "parameters each", "MLP width", "MLP", "stored", "grow",
-        left=("stack", "blocks", "MLP", "stored", "grow"),
+        "stack", "blocks", "parameters", "mixes tokens", "width", "MLP", "grow",
+        left=("stack", "blocks", "mixes tokens", "MLP", "grow"),
     )  # fmt: skip
-    made.columns[-1].no_wrap = False
-    for (
-        (stack, parameters, width, gated, fused, layout, experts, reason),
-        numbers,
-    ) in alike.items():
-        kind = "gated" if gated else "plain"
-        kind = f"{kind}, fused" if fused else kind if width else ""
-        mlps = "; ".join(filter(None, (kind, experts)))
-        made.add_row(
-            stack,
-            block_ranges(numbers),
-            count(parameters),
-            f"{width:,}" if width else "",
-            mlps or "none recognised",
-            layout or "",
-            reason or ("yes" if mlps else "no"),
-        )
+    for column in made.columns[3:]:
+        column.no_wrap = False
+    for (stack, parameters, *rest), numbers in alike.items():
+        made.add_row(stack, block_ranges(numbers), count(parameters), *rest)
     return made
+
+
+def _refusals(blocks: list[dict[str, Any]]) -> list[str]:
+    """Why blocks can't be grown, a line for those of a stack that have the same reason."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for block in blocks:
+        if block["no_growth"]:
+            reason = block["no_growth"].replace(f"{block['stack']}.{block['block']}.", "")
+            alike.setdefault((block["stack"], reason), []).append(block["block"])
+    return [
+        f"{stack} {block_ranges(numbers)}: {reason}" for (stack, reason), numbers in alike.items()
+    ]
 
 
 def _experts(experts: list[dict[str, Any]]) -> str:

@@ -7,8 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Checksums,
     DryRun,
@@ -67,6 +69,7 @@ def lora(
         typer.Option("--save-rest", help="Take along whole what else has changed (embeddings...)."),
     ] = False,
     seed: Annotated[int, typer.Option(help="For the randomized method.")] = 0,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
     checksums: Checksums = False,
@@ -86,8 +89,8 @@ def lora(
     from surgery.writing.plan import MAX_SHARD_BYTES
 
     target = Target(out, MAX_SHARD_BYTES, threads, overwrite, json, fresh, checksums, sign_key)
-    before = surgery.open_checkpoint(base, headers_only=dry_run)
-    after = surgery.open_checkpoint(tuned, headers_only=dry_run)
+    before = open_model(base, anatomy, headers_only=dry_run)
+    after = open_model(tuned, anatomy, headers_only=dry_run)
     patterns = None if modules is None else [part.strip() for part in modules.split(",")]
     if dry_run:
         outline = outline_lora(

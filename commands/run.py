@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .options import (
+    AnatomyFile,
     AsJson,
     Checksums,
     Device,
@@ -49,6 +50,7 @@ def run(
             "--set", metavar="NAME=VALUE", help="Change the recipe: inputs.base=./m; repeatable."
         ),
     ] = None,
+    anatomy: AnatomyFile = None,
     report: Report = None,
     verify: Verify = True,
     logits: Logits = True,
@@ -93,7 +95,7 @@ def run(
     from surgery.recipe.checks import Proving
 
     part = _part(shards, finish=finish, fresh=fresh, ray=ray)
-    given = load_recipe(recipe, changes=change or [])
+    given = load_recipe(recipe, changes=change or [], anatomy=anatomy)
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:

@@ -7,8 +7,10 @@ from typing import Annotated
 
 import typer
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Checksums,
     DryRun,
@@ -38,6 +40,7 @@ def task_vector(
     dtype: Annotated[
         StoredAs, typer.Option(help="Store it as float32, or rounded to the tuned model's type.")
     ] = StoredAs.float32,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
     checksums: Checksums = False,
@@ -56,8 +59,8 @@ def task_vector(
 
     target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     vector = surgery.task_vector(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        surgery.open_checkpoint(tuned, headers_only=dry_run),
+        open_model(base, anatomy, headers_only=dry_run),
+        open_model(tuned, anatomy, headers_only=dry_run),
         dtype=dtype.value,
     )
     if dry_run:

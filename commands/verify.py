@@ -6,8 +6,10 @@ from typing import Annotated
 
 import typer
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Device,
     DeviceOption,
@@ -27,6 +29,7 @@ def verify(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    anatomy: AnatomyFile = None,
     report: Report = None,
     json: AsJson = False,
     threads: Threads = None,
@@ -37,10 +40,9 @@ def verify(
     logits have to agree (exit code 6 otherwise). Of two other models the logits are compared and
     reported.
     """
-    import surgery
     from surgery.verification import find_relation
 
-    first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
+    first, second = open_model(base, anatomy), open_model(other, anatomy)
     verification = prove(
         first,
         second,

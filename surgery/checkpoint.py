@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from surgery.anatomy import Anatomy, Corrections, infer, settled_config
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.quantization.fp8 import Layout, find_layout
 from surgery.quantization.schemes import Quantization, find_quantization
 from surgery.tensor import LazyTensor
 
@@ -140,8 +141,12 @@ class Checkpoint(Weights):
     @cached_property
     def anatomy(self) -> Anatomy:
         """What each tensor is, inferred from names, shapes and the config,
-        and corrected."""
-        return infer(self.tensors, self.config, self.corrections)
+        and corrected. The scales of 8-bit floats are what their weights are."""
+        if self.scales is None:
+            return infer(self.tensors, self.config, self.corrections)
+        weight_of = self.scales.weight_of
+        weights = {name: tensor for name, tensor in self.items() if name not in weight_of}
+        return infer(weights, self.config, self.corrections).beside(weight_of)
 
     @property
     def settled_config(self) -> dict[str, Any]:
@@ -152,6 +157,12 @@ class Checkpoint(Weights):
     def quantization(self) -> Quantization | None:
         """How the weights are packed, if they are: arithmetic on them would be nonsense."""
         return find_quantization(self.tensors, self.config)
+
+    @cached_property
+    def scales(self) -> Layout | None:
+        """Which tensors scale which, where weights are 8-bit floats with scales."""
+        found = self.quantization
+        return find_layout(self.tensors, self.config) if found and found.scaled else None
 
     def edited(
         self,

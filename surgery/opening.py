@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from surgery.anatomy import Corrections
+from surgery.anatomy.stored import KEY, from_data
 from surgery.checkpoint import CHECKSUMS, CONFIG, RECORD, SIGNATURE, Checkpoint
 from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
@@ -72,14 +74,34 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     files, index, notes = _weight_files(source)
     tensors, source, more = _open_files(source, files, index)
     companions, left_behind = _companions(source, files)
+    corrections, told = _corrections(source)
     return Checkpoint(
         tensors=tensors,
         config=read_json(source.path / CONFIG, missing={}),
         source=source,
         companions=companions,
-        notes=(*notes, *more),
+        notes=(*notes, *more, *told),
         left_behind=tuple(left_behind),
+        corrections=corrections,
     )
+
+
+def _corrections(source: Source) -> tuple[Corrections, list[str]]:
+    """What a user said of the anatomy before an earlier edit, from the record, and a note."""
+    path = source.path / RECORD
+    try:
+        record = read_json(path, missing={})
+    except InputError:
+        return Corrections(), []  # it isn't ours
+    if KEY not in record:
+        return Corrections(), []
+    try:
+        found = from_data(record[KEY])
+    except (ValueError, TypeError) as error:
+        return Corrections(), [
+            f"{path}: what it says of the anatomy can't be meant, and isn't taken: {error}"
+        ]
+    return found, [f"{source.reference}: its anatomy is corrected as {RECORD} beside it says"]
 
 
 def open_tensors(source: Source, stem: str) -> tuple[dict[str, LazyTensor], Source]:

@@ -583,3 +583,19 @@ def test_widths_that_make_a_matrix_square(name: str, width: int, tmp_path: Path)
     write(grow(open_checkpoint(base), factor=1.5), tmp_path / "grown")
     assert apart(outputs(tmp_path / "grown"), outputs(base)) < SAME
     assert verify(open_checkpoint(base), open_checkpoint(tmp_path / "grown"), logits=False).passed
+
+
+def test_blocks_that_predict_further_tokens_grow_along(tmp_path: Path):
+    """DeepSeek-V3 stores one behind its layers, which transformers' class ignores: what reads it
+    takes the widths of its MLPs from the same keys."""
+    source = build_mixture("deepseek_v3")
+    tensors = load(source)
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace("layers.2.", "layers.3.")] = tensors[name] + 0.01
+    tensors["model.layers.3.eh_proj.weight"] = torch.randn(32, 64)
+    base = open_checkpoint(save_raw(tmp_path / "base", tensors, config=config_of(source)))
+    grown = grow(base, factor=1.5)
+    assert grown["model.layers.3.mlp.experts.1.up_proj.weight"].shape == (36, 32)
+    assert grown["model.layers.3.eh_proj.weight"] is base["model.layers.3.eh_proj.weight"]
+    assert grown.config["moe_intermediate_size"] == 36
+    assert verify(base, grown).passed

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.hidden import hidden_sizes
+from surgery.anatomy.layout import told_layouts, what_is_not_told
+from surgery.anatomy.letters import place_attention
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
@@ -52,6 +54,16 @@ class Anatomy:
         plain = {key: (mlp,) for key, mlp in self.mlps.items()}
         return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
 
+    def beside(self, owner: Mapping[str, str]) -> Anatomy:
+        """The same with more tensors, which belong to others (`owner` says to which): they have
+        the role of those, and stand in the same block."""
+        places = dict(self.places)
+        for name, weight in owner.items():
+            place = places[weight]
+            outer = weight.removesuffix(place.inner)
+            places[name] = replace(place, inner=name.removeprefix(outer))
+        return replace(self, places=places)
+
     @property
     def unrecognised(self) -> list[str]:
         return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]
@@ -65,6 +77,7 @@ def infer(
     """The anatomy of a checkpoint, from headers and config alone, where `corrections` don't say."""
     part = text_config(config)
     places, stacks = find_places(tensors, first(part, DEPTH_KEYS))
+    place_attention(places)
     corrections.place(tensors, places, stacks)
     embedding = _embedding(tensors, places, first(part, ("vocab_size",)))
     if embedding is not None and places[embedding].role is Role.UNKNOWN:
@@ -74,12 +87,14 @@ def infer(
         hidden = tensors[embedding].shape[-1]
     in_blocks = _in_blocks(tensors, places)
     sizes = hidden_sizes(tensors, places, hidden)
-    experts = _experts(in_blocks, places, sizes, part)
-    mlps, no_growth = _mlps(tensors, places, sizes, _all_widths(config), experts)
+    layouts = told_layouts(tensors, places, sizes)
+    experts = _experts(in_blocks, places, sizes, config, layouts)
+    mlps, no_growth = _mlps(tensors, places, sizes, config, experts, layouts)
     corrections.put_mlps(tensors, places, mlps, no_growth)
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
             places[key] = replace(places[key], role=Role.EXPERT)
+    _place_routers(tensors, places, in_blocks, experts)
     for mlp in mlps.values():
         for name in (*mlp.tensors, mlp.down.bias):
             if name is not None:
@@ -145,15 +160,19 @@ def _experts(
     places: Mapping[str, Place],
     hidden: Mapping[tuple[str, int], int | None],
     config: Mapping[str, Any],
+    layouts: Mapping[str, Collection[bool]],
 ) -> dict[tuple[str, int], Experts]:
     """The experts of every block that has some."""
-    found = {}
+    found, part = {}, text_config(config)
     for key, block in blocks.items():
         roles = (Role.UNKNOWN, Role.EXPERT)
         inside = {name: tensor for name, tensor in block.items() if places[name].role in roles}
         if (size := hidden[key]) is None:
             continue
-        experts = find_experts(*key, inside, size, config)
+        told, choices = layouts[key[0]], _choices(block, size)
+        experts = find_experts(*key, inside, size, part, choices, in_out=told == {True})
+        doubts = [what_is_not_told(mlp, {}, told, config) for mlp in experts.mlps]
+        experts.problems += dict.fromkeys(filter(None, doubts))
         left = [
             name
             for name in inside
@@ -167,15 +186,40 @@ def _experts(
     return found
 
 
+def _place_routers(
+    tensors: Mapping[str, LazyTensor],
+    places: dict[str, Place],
+    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
+    experts: Mapping[tuple[str, int], Experts],
+) -> None:
+    """Give the role to a matrix without one that has a row for each expert beside it."""
+    for key, found in experts.items():
+        routed = [mlp for mlp in found.mlps if mlp.kind == "routed"]
+        if not routed:
+            continue
+        shape = routed[0].down.experts or len(routed), routed[0].hidden
+        for name in blocks[key]:
+            if places[name].role is Role.UNKNOWN and tensors[name].shape == shape:
+                places[name] = replace(places[name], role=Role.ROUTER)
+
+
+def _choices(block: Mapping[str, LazyTensor], hidden: int) -> set[int]:
+    """Between how many things a matrix of the block may choose."""
+    matrices = [set(t.shape) for t in block.values() if len(t.shape) == 2 and hidden in t.shape]
+    return set().union(*matrices) - {hidden}
+
+
 def _mlps(
     tensors: Mapping[str, LazyTensor],
     places: Mapping[str, Place],
     hidden: Mapping[tuple[str, int], int | None],
-    widths: set[int],
+    config: Mapping[str, Any],
     experts: Mapping[tuple[str, int], Experts],
+    layouts: Mapping[str, Collection[bool]],
 ) -> tuple[dict[tuple[str, int], MLP], dict[tuple[str, int], str]]:
     blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
     stacks: dict[str, dict[str, LazyTensor]] = defaultdict(dict)
+    rest: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
     routed: set[tuple[str, int]] = set()
     for name, place in places.items():
         if place.stack is None or place.block is None:
@@ -184,10 +228,13 @@ def _mlps(
         stacks[place.stack][name] = tensors[name]
         if place.role is Role.ROUTER:
             routed.add(key)
+        if place.role not in (Role.ATTENTION, Role.MIXER):
+            rest[key][name] = tensors[name]
         taken = experts[key].tensors if key in experts else set()
         if place.role in (Role.UNKNOWN, Role.NORM, Role.MLP) and name not in taken:
             blocks[key][name] = tensors[name]
-    in_out = {stack: stores_in_out(inside) for stack, inside in stacks.items()}
+    widths = _all_widths(config)
+    in_out = {s: stores_in_out(inside) or layouts[s] == {True} for s, inside in stacks.items()}
     mlps: dict[tuple[str, int], MLP] = {}
     no_growth: dict[tuple[str, int], str] = {}
     for key, block in blocks.items():
@@ -203,6 +250,10 @@ def _mlps(
             mlps[key] = mlp
             if others := follows_width(mlp, block):
                 no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+            elif key not in experts and (
+                doubt := what_is_not_told(mlp, rest[key], layouts[key[0]], config)
+            ):
+                no_growth[key] = doubt
     lost = routed - experts.keys() - mlps.keys()
     no_growth |= dict.fromkeys(lost, "it is a mixture whose experts weren't found")
     for key, found in experts.items():

@@ -42,7 +42,7 @@ _NUMBER = re.compile(r"(?<![^.])([0-9]{1,9})\.")
 _MOST_NUMBERS = 4
 """Lists in one another in a name. More are looked at nowhere: each is a copy of the name."""
 _STATE = re.compile(r"\.(A_log|dt_bias|time_decay|recurrent_param)$")
-_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv)([._]|$)")
+_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv|[if]gate_preact)([._]|$)")
 
 # Words of a name, most telling first. A word counts where it stands between dots and
 # underscores, so that "proj" isn't in "projector"; "ln_1" and "layernorm" are patterns.

@@ -7,6 +7,7 @@ another key, and a key can set the widths of experts, shared experts and plain l
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]
 """A key, and the keys that it is nested under, inside the language model's config."""
 
+_BLOCK = re.compile(r".*?\.\d+\.")
 MOST_TIMES = 64
 """A key whose value goes more often into a width isn't tried."""
 
@@ -50,7 +52,7 @@ def find_width_keys(
         raise NotComparableError(
             "the stock model of this config doesn't have these tensors in these shapes"
         )
-    target = {names[name]: shape for name, shape in wanted.items()}
+    target = {stored: wanted[name] for name, stored in names.items()}
     found, idle = Found(), {}
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
@@ -107,13 +109,26 @@ def _changes(
 
 def _as_stored(now: Shapes, have: Shapes, wanted: Shapes) -> dict[str, str] | None:
     """The stock model's name of each wanted tensor. Files of a base model lack the prefix that a
-    model with a head has, and the other way round."""
+    model with a head has, and the other way round. Blocks that the stock class ignores (those
+    that predict further tokens) are left out, if they change as the others do."""
     prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
-        if len(names) == len(wanted) and all(now.get(o) == have[n] for n, o in names.items()):
-            return names
+        kept = {name: stored for name, stored in names.items() if stored in now}
+        changes = {(have[name], wanted[name]) for name in kept}
+        if (
+            len(names) == len(wanted)
+            and all(now[stored] == have[name] for name, stored in kept.items())
+            and all((have[n], wanted[n]) in changes for n in names.keys() - kept.keys())
+            and _blocks(names[n] for n in names.keys() - kept.keys()).isdisjoint(_blocks(now))
+        ):
+            return kept
     return None
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """What comes before the first number of each name, and the number."""
+    return {match.group(0) if (match := _BLOCK.match(name)) else name for name in names}
 
 
 def _candidates(

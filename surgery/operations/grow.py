@@ -18,10 +18,12 @@ from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
+from surgery.operations.dequantize import scaled_weights, values
 from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.neurons import grown_tensors
-from surgery.operations.pairs import check_unquantized
+from surgery.operations.scales import check_blocks, grown_scales, neurons_in_a_block
 from surgery.operations.widths import widened_config
+from surgery.quantization.fp8 import Scaled
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -60,21 +62,28 @@ def grow(
     the "routed" or the "shared" ones alone. Experts that lie in one tensor copy the same neurons.
     A shared MLP that is as wide as several routed experts together stays so.
 
+    Weights of 8-bit floats with scales are copied as they are, in the blocks that share a scale,
+    and the scales of outgoing weights are split; what such a layout doesn't allow is refused.
+
     Raises ArgumentError or UnsupportedError before any tensor is written. Only `choose="norm"`
     reads tensors here.
     """
     _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break)
-    check_unquantized(base=base)
+    scaled = scaled_weights(base)
     mlps = _chosen(base, layers, experts)
+    units = _units(base, mlps, scaled, symmetry_break)
     widths = _new_widths(base, mlps, factor, width, multiple_of)
     growths = [
-        _growth(base, mlp, wide, choose, seed) for mlp, wide in zip(mlps, widths, strict=True)
+        _growth(base, mlp, wide, choose, seed, unit)
+        for mlp, wide, unit in zip(mlps, widths, units, strict=True)
     ]
     if uniform:
         growths = _padded(base, growths)
+    check_blocks(base, growths, scaled)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
-        tensors |= grown_tensors(base, growth, symmetry_break, seed)
+        tensors |= grown_tensors(base, growth, symmetry_break, seed, unsplit=scaled)
+        tensors |= grown_scales(base, growth, scaled)
     config, companions = widened_config(base, growths)
     edit = Edit(
         "grow",
@@ -133,7 +142,7 @@ def _check_arguments(
         problems.append(f"choose is {choose!r}, and has to be 'first', 'random' or 'norm'")
     if not 0 <= symmetry_break < 0.5:
         problems.append(f"symmetry_break is {symmetry_break}, and has to be in [0, 0.5)")
-    elif symmetry_break:
+    elif symmetry_break and base.quantization is None:
         for mlp in base.anatomy.every_mlp:
             dtype = base[mlp.down.weight].dtype
             if dtype.kind == "float" and symmetry_break < _resolution(dtype.name):
@@ -223,26 +232,45 @@ def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: i
     return rounded
 
 
-def _growth(base: Checkpoint, mlp: MLP, width: int, choose: Choose, seed: int) -> Growth:
+def _units(
+    base: Checkpoint, mlps: Sequence[MLP], scaled: Mapping[str, Scaled], symmetry_break: float
+) -> list[int]:
+    """How many neurons of each MLP have to be copied together."""
+    units, refused = [], []
+    for mlp in mlps:
+        try:
+            units.append(neurons_in_a_block(base, mlp, scaled))
+        except UnsupportedError as error:
+            refused += [f"{mlp.stack}.{mlp.block} can't be grown: {p}" for p in error.problems]
+    if scaled and symmetry_break:
+        refused.append(
+            f"{base.source.reference} holds 8-bit floats, which have to be copied as they are: "
+            f"symmetry_break needs `surgery dequantize` first"
+        )
+    UnsupportedError.raise_if(dict.fromkeys(refused))
+    return units
+
+
+def _growth(base: Checkpoint, mlp: MLP, width: int, choose: Choose, seed: int, unit: int) -> Growth:
     rounds, rest = divmod(width - mlp.width, mlp.width)
-    copied = [(0, mlp.width)] * rounds + list(_some(base, mlp, rest, choose, seed))
+    copied = [(0, mlp.width)] * rounds + list(_some(base, mlp, rest, choose, seed, unit))
     return Growth(mlp, width, tuple(copied))
 
 
-def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int) -> Ranges:
-    """`count` of the MLP's neurons, as ranges in ascending order."""
+def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int, unit: int) -> Ranges:
+    """`count` of the MLP's neurons, as ranges in ascending order: whole runs of `unit`."""
     if count == 0:
         return ()
     if choose == "first":
         return ((0, count),)
     if choose == "random":
-        scores = noise((mlp.width,), seed, f"choose:{mlp.down.weight}").read()
+        scores = noise((mlp.width // unit,), seed, f"choose:{mlp.down.weight}").read()
     else:
         from surgery.measure import neuron_norms
 
-        scores = neuron_norms(base, mlp)
-    best = scores.argsort(descending=True, stable=True)[:count]
-    return as_ranges(sorted(best.tolist()))
+        scores = neuron_norms(values(base), mlp).reshape(-1, unit).sum(1)
+    best = scores.argsort(descending=True, stable=True)[: count // unit]
+    return tuple((unit * start, unit * stop) for start, stop in as_ranges(sorted(best.tolist())))
 
 
 def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:

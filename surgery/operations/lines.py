@@ -84,6 +84,9 @@ def lines(
         },
     )
     notes = base.notes[len(stored.notes) :]  # that it was dequantized
+    if not anatomy.stacks:
+        flat = f"no blocks were recognised, so that every tensor has the factor {alpha:g}"
+        notes += (f"{tuned.source.reference}: {flat}; a file for --anatomy can name them",)
     return tuned.edited(edit, tensors, tuned.settled_config, notes=notes, others=[base])
 
 

@@ -14,6 +14,8 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from surgery.anatomy import Corrections
+from surgery.anatomy.stored import KEY, as_data
 from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
 from surgery.errors import InputError
 from surgery.hub import Source
@@ -39,12 +41,20 @@ def make_record(
         "surgery": version("model-surgery"),
         "command": command,
         **({} if recipe is None else {"recipe": recipe}),
+        **_corrections(weights),
         "edits": [_edit(edit, digests or {}) for edit in weights.history],
         "norms": update_norms(weights, tallies),
         "verification": verification,
         "versions": {name: version(name) for name in ("torch", "safetensors", "transformers")},
         "notes": list(weights.notes),
     }
+
+
+def _corrections(weights: Weights) -> dict[str, Any]:
+    """What a user said of the anatomy, so that it needn't be said again of the result."""
+    if not isinstance(weights, Checkpoint) or weights.corrections == Corrections():
+        return {}
+    return {KEY: as_data(weights.corrections)}
 
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:
