@@ -19,6 +19,7 @@ from .options import (
     MaxShardSize,
     Out,
     Overwrite,
+    Text,
     Threads,
     Verify,
     VerifyDtype,
@@ -88,6 +89,7 @@ def grow(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -104,7 +106,7 @@ def grow(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json)
-    proof = Proof(verify, logits, device.value, verify_dtype.value)
+    proof = Proof(verify, logits, device.value, verify_dtype.value, text)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(
         given,
@@ -149,7 +151,7 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
-    for text in grown.notes[len(given.notes) :]:
-        note(text)
+    for said in grown.notes[len(given.notes) :]:
+        note(said)
     if "mlp_widths" in grown.config:
         out.print("Layers differ in width: load it with trust_remote_code=True.")

@@ -13,6 +13,7 @@ from .options import (
     DeviceOption,
     Logits,
     Report,
+    Text,
     Threads,
     VerifyDtype,
     VerifyDtypeOption,
@@ -27,6 +28,7 @@ def verify(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
     report: Report = None,
     json: AsJson = False,
     threads: Threads = None,
@@ -35,7 +37,7 @@ def verify(
 
     If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its
     logits have to agree (exit code 6 otherwise). Of two other models the logits are compared and
-    reported.
+    reported. The models run on random tokens, images or sounds, as they take them, or on a text.
     """
     import surgery
     from surgery.verification import find_relation
@@ -48,6 +50,7 @@ def verify(
         logits=logits,
         device=device.value,
         dtype=verify_dtype.value,
+        text=text,
         threads=threads,
     )
     if report is not None:

@@ -35,6 +35,7 @@ class Proof:
     logits: bool
     device: str
     dtype: Literal["float32", "float64"]
+    text: Path | None = None
 
 
 def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None:
@@ -111,6 +112,7 @@ def write_proven(
         logits=proof.logits,
         device=proof.device,
         dtype=proof.dtype,
+        text=proof.text,
         threads=target.threads,
     )
     if not target.json:
