@@ -4,6 +4,7 @@ stacks of a checkpoint are."""
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -48,7 +49,7 @@ def model_class(config: Mapping[str, Any]) -> Any:
 
     built = build_config(config)
     for name in built.architectures or ():
-        found = getattr(transformers, name, None)
+        found = getattr(transformers, name, None) or _beside(type(built), name)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
         expected = getattr(found, "config_class", None)
@@ -62,6 +63,16 @@ def model_class(config: Mapping[str, Any]) -> Any:
         if (found := mapping.get(type(built), None)) is not None:
             return found[0] if isinstance(found, (tuple, list)) else found
     raise UnsupportedError(f"transformers has no model class for {type(built).__name__}")
+
+
+def _beside(config_class: type, name: str) -> Any:
+    """A class that lies beside its config class, and isn't shown outside: parts of models."""
+    module, _, file = config_class.__module__.rpartition(".")
+    try:
+        beside = importlib.import_module(f"{module}.{file.replace('configuration_', 'modeling_')}")
+    except ImportError:
+        return None
+    return getattr(beside, name, None)
 
 
 def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:

@@ -37,26 +37,34 @@ class Found:
 
 
 def find_width_keys(
-    config: Mapping[str, Any], have: Shapes, wanted: Shapes, widths: Iterable[tuple[int, int]]
+    config: Mapping[str, Any],
+    have: Shapes,
+    wanted: Shapes,
+    widths: Iterable[tuple[int, int]],
+    within: tuple[str, ...] = (),
 ) -> Found:
     """The keys to set so that the tensors `wanted`, and no others, get those shapes; no values
     if there are none. `have` are the shapes in the files, `widths` are the (old, new) widths.
+    Where `within` is given, tensors whose names don't begin so don't matter.
 
     Raises NotComparableError where the stock model of `config` hasn't got those tensors.
     """
     now = _shapes(config) if known(config) else None
-    names = _as_stored(now, have, wanted) if now is not None else None
-    if now is None or names is None:
+    prefixes = _prefixes(now, have, wanted) if now is not None else None
+    if now is None or prefixes is None:
         raise NotComparableError(
             "the stock model of this config doesn't have these tensors in these shapes"
         )
-    target = {names[name]: shape for name, shape in wanted.items()}
+    target = {as_stored(name, prefixes): shape for name, shape in wanted.items()}
+    inside = tuple(as_stored(name, prefixes) for name in within) or ("",)
+    if within:
+        now = {name: shape for name, shape in now.items() if name.startswith(inside)}
     found, idle = Found(), {}
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
         if path in found.values or covered == target:
             continue
-        changed = _changes(now, config, {path: value})
+        changed = _changes(now, config, {path: value}, inside)
         wrong = [name for name, shape in changed.items() if target.get(name) != shape]
         if wrong:
             if len(wrong) < len(changed):
@@ -68,7 +76,7 @@ def find_width_keys(
             idle[path] = value  # it may do nothing, or nothing alone
     if covered != target and idle:
         found.values |= idle
-    if not found.values or _changes(now, config, found.values) != target:
+    if not found.values or _changes(now, config, found.values, inside) != target:
         found.values = {}
     return found
 
@@ -95,24 +103,31 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
 
 
 def _changes(
-    now: Shapes, config: Mapping[str, Any], values: Mapping[Path, Any]
+    now: Shapes, config: Mapping[str, Any], values: Mapping[Path, Any], inside: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that change shape with these values: none where that can't be built."""
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
+    made = {name: shape for name, shape in made.items() if name.startswith(inside)}
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
     return changed | {name: () for name in now if name not in made}
 
 
-def _as_stored(now: Shapes, have: Shapes, wanted: Shapes) -> dict[str, str] | None:
-    """The stock model's name of each wanted tensor. Files of a base model lack the prefix that a
-    model with a head has, and the other way round."""
+def as_stored(name: str, prefixes: tuple[str, str]) -> str:
+    """The stock model's name of a tensor, or of what its name begins with."""
+    add, cut = prefixes
+    return add + name.removeprefix(cut)
+
+
+def _prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] | None:
+    """What to put before a name, and what to take from it, to have the stock model's. Files of a
+    base model lack the prefix that a model with a head has, and the other way round."""
     prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
         if len(names) == len(wanted) and all(now.get(o) == have[n] for n, o in names.items()):
-            return names
+            return add, cut
     return None
 
 

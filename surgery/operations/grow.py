@@ -75,7 +75,7 @@ def grow(
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
         tensors |= grown_tensors(base, growth, symmetry_break, seed)
-    config, companions = widened_config(base, growths)
+    config, companions = widened_config(base, growths, stock=uniform)
     edit = Edit(
         "grow",
         {

@@ -26,7 +26,8 @@ LARGE = 512
 FRAMES = 4
 PATCHES = 4
 """Of an image that is cut up beforehand: so many times the patches that are merged, each way."""
-SAMPLES = 16_000
+SAMPLES = 19_200
+"""More than a second; a multiple of what codecs cut sounds into."""
 STEPS = 128
 """Of a sound that is given as a spectrum."""
 
@@ -162,7 +163,7 @@ def _patched(
         where |= _known(accepts, merge_sizes=_table([merged]))
         total = frames * count
         shapes: list[tuple[int, ...]] = [(total, deep * area), (total, area)]
-        shapes += [(total, channels, patch, patch), (1, total, deep * area)]
+        shapes += [(total, channels, patch, patch), (1, total, deep * area), (total, 2 * area)]
         yield from ({name: _noise(shape, seed), **where} for shape in shapes)
     if name == "flattened_patches":  # row and column, counted from 1, lead each patch
         rows = _table([[1 + n // side, 1 + n % side] for n in range(count)])
