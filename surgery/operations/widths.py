@@ -89,7 +89,15 @@ def _by_its_own_keys(
     if alike and WIDTHS_KEY not in base.config:
         with suppress(NotComparableError):  # what transformers doesn't know is told by its names
             return _with_keys(base, config, growths), companions
-    return settle_widths(base, config, companions, widths, before)
+    made, companions = settle_widths(base, config, companions, widths, before)
+    source = companions.get(MODELING_FILE)
+    fresh = WIDTHS_KEY not in base.config and known(config)
+    if isinstance(source, bytes) and fresh and not gives(base, config, made, source, growths):
+        raise UnsupportedError(
+            f"{base.source.reference}: the MLPs of {config.get('model_type')} can't be resized in "
+            f"place, so layers of different widths can't be loaded: pass --uniform"
+        )
+    return made, companions
 
 
 def _with_keys(
