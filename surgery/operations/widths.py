@@ -46,6 +46,9 @@ def widened_config(
     try:
         return _by_its_own_keys(base, config, companions, growths, stock)
     except UnsupportedError:
+        if len({growth.mlp.stack for growth in growths}) > 1 and WIDTHS_KEY not in config:
+            with suppress(UnsupportedError):  # keys may set the widths of several stacks
+                return _with_keys(base, config, growths), companions
         if stock:
             raise
         made = _by_modeling_file(base, config, growths) if known(config) else None
