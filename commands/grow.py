@@ -22,6 +22,7 @@ from .options import (
     Out,
     Overwrite,
     SignKey,
+    Text,
     Threads,
     Verify,
     VerifyDtype,
@@ -91,6 +92,7 @@ def grow(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
     fresh: Fresh = False,
@@ -110,7 +112,7 @@ def grow(
     import surgery
 
     target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
-    proof = Proof(verify, logits, device.value, verify_dtype.value)
+    proof = Proof(verify, logits, device.value, verify_dtype.value, text)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(
         given,
@@ -155,7 +157,7 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
-    for text in grown.notes[len(given.notes) :]:
-        note(text)
+    for said in grown.notes[len(given.notes) :]:
+        note(said)
     if "mlp_widths" in grown.config:
         out.print("Layers differ in width: load it with trust_remote_code=True.")

@@ -110,6 +110,15 @@ Logits = Annotated[
     bool,
     typer.Option("--logits/--no-logits", help="Compare logits too, or rely on the weights alone."),
 ]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Compare on the start of this text, by the model's own tokenizer, rather than on "
+        "random tokens.",
+    ),
+]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the models are run.")]
 VerifyDtypeOption = Annotated[
     VerifyDtype, typer.Option("--verify-dtype", help="The type in which the models are run.")

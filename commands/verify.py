@@ -15,6 +15,7 @@ from .options import (
     DeviceOption,
     Logits,
     Report,
+    Text,
     Threads,
     VerifyDtype,
     VerifyDtypeOption,
@@ -29,6 +30,7 @@ def verify(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
     anatomy: AnatomyFile = None,
     report: Report = None,
     json: AsJson = False,
@@ -38,7 +40,7 @@ def verify(
 
     If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its
     logits have to agree (exit code 6 otherwise). Of two other models the logits are compared and
-    reported.
+    reported. The models run on random tokens, images or sounds, as they take them, or on a text.
     """
     from surgery.verification import find_relation
 
@@ -50,6 +52,7 @@ def verify(
         logits=logits,
         device=device.value,
         dtype=verify_dtype.value,
+        text=text,
         threads=threads,
     )
     if report is not None:

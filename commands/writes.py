@@ -44,6 +44,7 @@ class Proof:
     logits: bool
     device: str
     dtype: Literal["float32", "float64"]
+    text: Path | None = None
 
 
 def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None:
@@ -128,6 +129,7 @@ def write_proven(
             logits=proof.logits,
             device=proof.device,
             dtype=proof.dtype,
+            text=proof.text,
             threads=target.threads,
         )
         if not target.json:

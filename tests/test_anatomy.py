@@ -269,14 +269,8 @@ def test_an_encoder_and_a_decoder_have_their_own_depth(tmp_path: Path):
         "encoder.block": [pytest.approx(0.2), pytest.approx(1.0)],
         "decoder.block": [pytest.approx(0.2), pytest.approx(0.6), pytest.approx(1.0)],
     }
-    with pytest.raises(UnsupportedError) as caught:
-        grow(checkpoint)
-    assert caught.value.problems == (
-        (
-            f"{base} has MLPs in several stacks (decoder.block, encoder.block), and growing those "
-            f"isn't there yet"
-        ),
-    )
+    wide = grow(checkpoint)
+    assert wide.config == {**checkpoint.config, "d_ff": 2 * checkpoint.config["d_ff"]}
 
 
 def test_layouts_are_told_by_shape_and_not_by_name(tmp_path: Path):

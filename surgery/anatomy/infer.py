@@ -23,6 +23,8 @@ HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim")
 WIDTHS_KEY = "mlp_widths"
 """Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
+WIDTH_KEYS_KEY = "mlp_width_keys"
+"""The same by the config's own keys: what they are in each block, by the path of the blocks."""
 
 NOTHING = Corrections()
 
@@ -131,7 +133,7 @@ def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 def _widths(config: Mapping[str, Any]) -> set[int]:
     per_layer = config.get(WIDTHS_KEY)
-    values = [config.get(key) for key in WIDTH_KEYS]
+    values = [value for key, value in config.items() if key.rpartition(".")[2] in WIDTH_KEYS]
     values += per_layer if isinstance(per_layer, list) else []
     return {value for value in values if type(value) is int}
 
@@ -140,8 +142,9 @@ def _all_widths(config: Mapping[str, Any]) -> set[int]:
     """The widths that a config gives, those of its parts included."""
     widths = _widths(config)
     for part in config.values():
-        if isinstance(part, Mapping):
-            widths |= _all_widths(part)
+        for inner in part if isinstance(part, list) else (part,):
+            if isinstance(inner, Mapping):
+                widths |= _all_widths(inner)
     return widths
 
 

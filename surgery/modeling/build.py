@@ -12,9 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy.infer import WIDTHS_KEY
+from surgery.anatomy.infer import WIDTH_KEYS_KEY, WIDTHS_KEY
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError, UnsupportedError
+from surgery.modeling.block_keys import classes_by_keys
 from surgery.modeling.limits import counted
 from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import build_config, model_class
@@ -80,6 +81,8 @@ def class_to_build(checkpoint: Checkpoint) -> Any:
     """The stock class, or ours of the same name where layers differ in width. The modeling file
     is made anew: what lies beside the shards isn't run."""
     cls = model_class(checkpoint.config)
+    if WIDTH_KEYS_KEY in checkpoint.config:
+        return getattr(classes_by_keys(checkpoint.config), cls.__name__)
     if WIDTHS_KEY not in checkpoint.config:
         return cls
     made = checkpoint.companions.get(MODELING_FILE)

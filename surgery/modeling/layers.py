@@ -58,11 +58,16 @@ def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
 def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that `save_pretrained` would write for this config, by the names
     that it would give them."""
+    return shapes_of(config, _or_refuse(config, lambda: model_class(config)))
+
+
+def shapes_of(config: Mapping[str, Any], cls: Any) -> dict[str, tuple[int, ...]]:
+    """The same for a class that is given."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     def build() -> dict[str, torch.Tensor]:
-        model = empty_model(config)
+        model = empty_model(config, cls)
         with torch.device("meta"), quiet():
             return dict(revert_weight_conversion(model, model.state_dict()))
 

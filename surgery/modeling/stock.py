@@ -4,6 +4,7 @@ stacks of a checkpoint are."""
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,12 +41,12 @@ def build_config(config: Mapping[str, Any]) -> Any:
         ) from error
 
 
-def empty_model(config: Mapping[str, Any]) -> Any:
-    """The stock model of this config without weights, on the meta device."""
+def empty_model(config: Mapping[str, Any], cls: Any = None) -> Any:
+    """The model of this config without weights, on the meta device: the stock one, or a `cls`."""
     import torch
 
     with torch.device("meta"), quiet(), counted():
-        return model_class(config)(build_config(config))
+        return (cls or model_class(config))(build_config(config))
 
 
 def _with_infinities(value: Any) -> Any:
@@ -65,7 +66,9 @@ def model_class(config: Mapping[str, Any]) -> Any:
     built = build_config(config)
     named = built.architectures if isinstance(built.architectures, (list, tuple)) else ()
     for name in named:
-        found = getattr(transformers, name, None) if isinstance(name, str) else None
+        if not isinstance(name, str):
+            continue
+        found = getattr(transformers, name, None) or _beside(type(built), name)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
         expected = getattr(found, "config_class", None)
@@ -79,6 +82,16 @@ def model_class(config: Mapping[str, Any]) -> Any:
         if (found := mapping.get(type(built), None)) is not None:
             return found[0] if isinstance(found, (tuple, list)) else found
     raise UnsupportedError(f"transformers has no model class for {type(built).__name__}")
+
+
+def _beside(config_class: type, name: str) -> Any:
+    """A class that lies beside its config class, and isn't shown outside: parts of models."""
+    module, _, file = config_class.__module__.rpartition(".")
+    try:
+        beside = importlib.import_module(f"{module}.{file.replace('configuration_', 'modeling_')}")
+    except ImportError:
+        return None
+    return getattr(beside, name, None)
 
 
 def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:

@@ -39,26 +39,35 @@ class Found:
 
 
 def find_width_keys(
-    config: Mapping[str, Any], have: Shapes, wanted: Shapes, widths: Iterable[tuple[int, int]]
+    config: Mapping[str, Any],
+    have: Shapes,
+    wanted: Shapes,
+    widths: Iterable[tuple[int, int]],
+    within: tuple[str, ...] = (),
 ) -> Found:
     """The keys to set so that the tensors `wanted`, and no others, get those shapes; no values
     if there are none. `have` are the shapes in the files, `widths` are the (old, new) widths.
+    Where `within` is given, tensors whose names don't begin so don't matter.
 
     Raises NotComparableError where the stock model of `config` hasn't got those tensors.
     """
     now = _shapes(config) if known(config) else None
-    names = _as_stored(now, have, wanted) if now is not None else None
-    if now is None or names is None:
+    prefixes = _prefixes(now, have, wanted) if now is not None else None
+    if now is None or prefixes is None:
         raise NotComparableError(
             "the stock model of this config doesn't have these tensors in these shapes"
         )
-    target = {stored: wanted[name] for name, stored in names.items()}
+    stored = {as_stored(name, prefixes): shape for name, shape in wanted.items()}
+    target = {name: shape for name, shape in stored.items() if name in now}
+    inside = tuple(as_stored(name, prefixes) for name in within) or ("",)
+    if within:
+        now = {name: shape for name, shape in now.items() if name.startswith(inside)}
     found, idle = Found(), {}
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
         if path in found.values or covered == target:
             continue
-        changed = _changes(now, config, {path: value})
+        changed = _changes(now, config, {path: value}, inside)
         wrong = [name for name, shape in changed.items() if target.get(name) != shape]
         if wrong:
             if len(wrong) < len(changed):
@@ -70,7 +79,7 @@ def find_width_keys(
             idle[path] = value  # it may do nothing, or nothing alone
     if covered != target and idle:
         found.values |= idle
-    if not found.values or _changes(now, config, found.values) != target:
+    if not found.values or _changes(now, config, found.values, inside) != target:
         found.values = {}
     return found
 
@@ -97,20 +106,28 @@ def _shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]] | None:
 
 
 def _changes(
-    now: Shapes, config: Mapping[str, Any], values: Mapping[Path, Any]
+    now: Shapes, config: Mapping[str, Any], values: Mapping[Path, Any], inside: tuple[str, ...]
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that change shape with these values: none where that can't be built."""
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
+    made = {name: shape for name, shape in made.items() if name.startswith(inside)}
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
     return changed | {name: () for name in now if name not in made}
 
 
-def _as_stored(now: Shapes, have: Shapes, wanted: Shapes) -> dict[str, str] | None:
-    """The stock model's name of each wanted tensor. Files of a base model lack the prefix that a
-    model with a head has, and the other way round. Blocks that the stock class ignores (those
-    that predict further tokens) are left out, if they change as the others do."""
+def as_stored(name: str, prefixes: tuple[str, str]) -> str:
+    """The stock model's name of a tensor, or of what its name begins with."""
+    add, cut = prefixes
+    return add + name.removeprefix(cut)
+
+
+def _prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] | None:
+    """What to put before a name, and what to take from it, to have the stock model's. Files of a
+    base model lack the prefix that a model with a head has, and the other way round. Blocks that
+    the stock class ignores (those that predict further tokens) don't count, if they change as the
+    others do."""
     prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
@@ -122,7 +139,7 @@ def _as_stored(now: Shapes, have: Shapes, wanted: Shapes) -> dict[str, str] | No
             and all((have[n], wanted[n]) in changes for n in names.keys() - kept.keys())
             and _blocks(names[n] for n in names.keys() - kept.keys()).isdisjoint(_blocks(now))
         ):
-            return kept
+            return add, cut
     return None
 
 

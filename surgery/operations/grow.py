@@ -80,11 +80,17 @@ def grow(
     if uniform:
         growths = _padded(base, growths)
     check_blocks(base, growths, scaled)
+    try:
+        config, companions = widened_config(base, growths, stock=uniform)
+    except UnsupportedError:
+        if not uniform or (wider := _padded(base, growths, kinds=False)) == growths:
+            raise
+        growths = wider  # one key may set the widths of several kinds
+        config, companions = widened_config(base, growths, stock=True)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
         tensors |= grown_tensors(base, growth, symmetry_break, seed, unsplit=scaled)
         tensors |= grown_scales(base, growth, scaled)
-    config, companions = widened_config(base, growths)
     edit = Edit(
         "grow",
         {
@@ -273,23 +279,27 @@ def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int, uni
     return tuple((unit * start, unit * stop) for start, stop in as_ranges(sorted(best.tolist())))
 
 
-def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
+def _padded(base: Checkpoint, growths: Sequence[Growth], *, kinds: bool = True) -> list[Growth]:
     """The growths, with zero neurons for every MLP that is narrower than the widest of its kind
-    and stack, whether it was to grow or not."""
+    and stack, whether it was to grow or not. Without `kinds`: than the widest of its stack and of
+    the width that it had, plain or an expert."""
+
+    def alike(mlp: MLP) -> tuple[str, str | int]:
+        return mlp.stack, mlp.kind if kinds else mlp.width
+
     chosen = {growth.mlp: growth for growth in growths}
-    kinds = {(growth.mlp.stack, growth.mlp.kind) for growth in growths}
+    wanted = {alike(growth.mlp) for growth in growths}
     everything = [
         chosen.get(mlp) or Growth(mlp, mlp.width, ())
         for mlp in base.anatomy.every_mlp
-        if (mlp.stack, mlp.kind) in kinds
+        if alike(mlp) in wanted
     ]
-    most: dict[tuple[str, str], int] = defaultdict(int)
+    most: dict[tuple[str, str | int], int] = defaultdict(int)
     for growth in everything:
-        kind = growth.mlp.stack, growth.mlp.kind
-        most[kind] = max(most[kind], growth.width)
+        most[alike(growth.mlp)] = max(most[alike(growth.mlp)], growth.width)
     padded = []
     for growth in everything:
-        wide = most[growth.mlp.stack, growth.mlp.kind]
+        wide = most[alike(growth.mlp)]
         if wide > growth.mlp.width:
-            padded.append(replace(growth, width=wide, padding=wide - growth.width))
+            padded.append(replace(growth, width=wide, padding=growth.padding + wide - growth.width))
     return padded

@@ -7,19 +7,29 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, text_config
+from surgery.anatomy.infer import (
+    HIDDEN_KEYS,
+    WIDTH_KEYS,
+    WIDTH_KEYS_KEY,
+    WIDTHS_KEY,
+    first,
+    text_config,
+)
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
+from surgery.modeling.block_keys import gives, grown_shapes, keys_by_block
+from surgery.modeling.layers import known
 from surgery.modeling.width_keys import NotComparableError, find_width_keys, with_values
 from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_map
 
 
 def widened_config(
-    base: Checkpoint, growths: Sequence[Growth]
+    base: Checkpoint, growths: Sequence[Growth], *, stock: bool = False
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
-    """The config after `growths`, and the companion files: with the modeling file if layers
-    differ, without it if they don't any more.
+    """The config after `growths`, and the companion files: with a modeling file if layers differ
+    or no key can say their width, without it if they don't any more. With `stock` the result has
+    to load without one.
 
     Raises UnsupportedError where the config has no key that sets the width, or where layers that
     differ can't be loaded.
@@ -28,6 +38,51 @@ def widened_config(
     config = without_auto_map(base.settled_config)
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
+    if WIDTH_KEYS_KEY in config:
+        raise UnsupportedError(
+            f"{base.source.reference} was grown before so that its layers differ by the keys of "
+            f"{WIDTH_KEYS_KEY}, and can't be grown again: grow what that was made of"
+        )
+    try:
+        return _by_its_own_keys(base, config, companions, growths, stock)
+    except UnsupportedError:
+        if len({growth.mlp.stack for growth in growths}) > 1 and WIDTHS_KEY not in config:
+            with suppress(UnsupportedError):  # keys may set the widths of several stacks
+                return _with_keys(base, config, growths), companions
+        if stock:
+            raise
+        made = _by_modeling_file(base, config, growths) if known(config) else None
+        if made is None:
+            raise
+        return made[0], {**companions, MODELING_FILE: made[1]}
+
+
+def _by_modeling_file(
+    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
+) -> tuple[dict[str, Any], bytes] | None:
+    """The config and the modeling file for widths that a key sets elsewhere too, or that no key
+    sets: 4 x hidden in the code."""
+    if made := keys_by_block(base, config, growths):
+        return made
+    widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
+    widths |= {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
+    if base.anatomy.experts or WIDTHS_KEY in config or len({stack for stack, _ in widths}) != 1:
+        return None
+    resized, companions = _resized(base, config, {}, widths)
+    source = companions[MODELING_FILE]
+    assert isinstance(source, bytes)
+    return (resized, source) if gives(base, config, resized, source, growths) else None
+
+
+def _by_its_own_keys(
+    base: Checkpoint,
+    config: dict[str, Any],
+    companions: dict[str, Path | bytes],
+    growths: Sequence[Growth],
+    stock: bool,
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """The config whose keys hold for all layers, or the width of each in `mlp_widths`."""
+    config = dict(config)
     if base.anatomy.experts:
         return _with_keys(base, config, growths), companions
     widths = {(mlp.stack, mlp.block): mlp.width for mlp in base.anatomy.mlps.values()}
@@ -37,18 +92,22 @@ def widened_config(
     if alike and WIDTHS_KEY not in base.config:
         with suppress(NotComparableError):  # what transformers doesn't know is told by its names
             return _with_keys(base, config, growths), companions
-    return settle_widths(base, config, companions, widths, before)
+    made, companions = settle_widths(base, config, companions, widths, before)
+    source = companions.get(MODELING_FILE)
+    fresh = WIDTHS_KEY not in base.config and known(config)
+    if isinstance(source, bytes) and fresh and not gives(base, config, made, source, growths):
+        raise UnsupportedError(
+            f"{base.source.reference}: the MLPs of {config.get('model_type')} can't be resized in "
+            f"place, so layers of different widths can't be loaded: pass --uniform"
+        )
+    return made, companions
 
 
 def _with_keys(
     base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
 ) -> dict[str, Any]:
     """The config with the keys that give the grown tensors their shapes, and no others."""
-    have, wanted = {}, {}
-    for growth in growths:
-        for name, _, axis in growth.mlp.axes():
-            have[name] = base[name].shape
-            wanted[name] = growth.shape(base[name].shape, axis)
+    have, wanted = grown_shapes(base, growths)
     widths = {(growth.mlp.width, growth.width) for growth in growths}
     found = find_width_keys(config, have, wanted, widths)
     if found.values:
@@ -84,12 +143,26 @@ def settle_widths(
         )
     after = sorted(set(widths.values()))
     if len(after) == 1:
-        return _with_width(model, config, before, after[0]), companions
+        try:
+            return _with_width(model, config, before, after[0]), companions
+        except UnsupportedError:
+            if WIDTHS_KEY not in model.config:
+                raise
     if len(widths) != model.anatomy.stacks[stacks.pop()]:
         raise UnsupportedError(
             f"{model.source.reference} has layers without an MLP of this kind, and MLPs of "
             f"different widths beside them can't be loaded: grow all alike, or pass --uniform"
         )
+    return _resized(model, config, companions, widths)
+
+
+def _resized(
+    model: Checkpoint,
+    config: dict[str, Any],
+    companions: dict[str, Path | bytes],
+    widths: Mapping[tuple[str, int], int],
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """With the modeling file that gives every block a width of its own."""
     made = {**config, WIDTHS_KEY: [width for _, width in sorted(widths.items())]}
     made["auto_map"], source = modeling_file(model, list(model.anatomy.mlps.values()))
     return made, {**companions, MODELING_FILE: source}

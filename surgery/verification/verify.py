@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint
@@ -46,11 +47,12 @@ class Verification:
         if self.logits is not None:
             logits = self.logits
             said.append(
-                f"logits of {logits.tokens} tokens in {logits.dtype} on {logits.device} differ by "
+                f"{'outputs' if logits.kl_mean is None else 'logits'} of {logits.inputs} in {logits.dtype} on {logits.device} differ by "
                 f"at most {logits.max_difference:.3g}"
                 + (f" (noise floor {logits.noise_floor:.3g})" if logits.noise_floor else "")
                 + (f", KL mean {logits.kl_mean:.3g}" if logits.kl_mean is not None else "")
                 + (f", first choices agree on {logits.top1:.1%}" if logits.top1 is not None else "")
+                + (f"; {len(logits.unreached)} blocks weren't run" if logits.unreached else "")
             )
         return "; ".join(said) or "nothing was compared"
 
@@ -100,11 +102,12 @@ def verify(
     logits: bool = True,
     device: str = "auto",
     dtype: VerifyDtype = "float32",
+    text: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare `other` with `base`: the certificate if it was grown or expanded from it, and the
-    logits.
+    logits, on random inputs or on `text`.
 
     Whether it was is taken from the edit that made `other`, from the record beside it, or else
     (a growth) found out from the weights themselves. The certificate comes first: where it fails,
@@ -117,7 +120,7 @@ def verify(
     compared = None
     if logits:
         compared = compare_logits(
-            base, other, device=device, dtype=dtype, places=block_places(relation)
+            base, other, device=device, dtype=dtype, places=block_places(relation), text=text
         )
     return Verification(certificate, compared)
 
