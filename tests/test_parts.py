@@ -34,8 +34,8 @@ from surgery import (
     write_part,
 )
 from surgery.writing.journal import read_journals
+from surgery.writing.locks import locked
 from surgery.writing.parts import parse_part, part_of_stage
-from surgery.writing.staging import locked
 
 Raw = Callable[..., Path]
 SHARD = 4000

@@ -13,19 +13,15 @@ from pathlib import Path
 from typing import Literal
 
 from surgery.errors import NotFoundError
+from surgery.writing.locks import LOCK, STAGING, locked, remove_stage, staging_folder
 from surgery.writing.staging import (
     FILES,
     IDENTITY,
-    LOCK,
     REPLACED,
-    STAGING,
     Stage,
     holds_weights,
-    locked,
     put_back,
-    remove_stage,
     replaced_folder,
-    staging_folder,
 )
 
 
