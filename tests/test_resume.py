@@ -277,6 +277,34 @@ def test_killed_while_it_replaces(models: tuple[Path, Path], tmp_path: Path, whe
     assert files_in(target) == files_in(tmp_path / "whole")
 
 
+def test_what_is_half_removed_has_no_name(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed while it removes what it has replaced: nothing may take the rest for a model."""
+    edited, target = edited_of(models), tmp_path / "out"
+    write(edited_of(models, 0.7), target)
+    write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+
+    def work() -> None:
+        unlink = os.unlink
+
+        def killing(path: Any, **how: Any) -> None:
+            unlink(path, **how)
+            if (stage_of(target) / "old").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.unlink = killing  # in this process alone
+        write(edited, target, max_shard_bytes=SHARD, overwrite=True)
+
+    assert in_child(work) == -signal.SIGKILL
+    assert files_in(target) == files_in(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == [".out.staging", "base", "out", "tuned", "whole"]
+    shutil.rmtree(target)
+    said: list[str] = []
+    write(edited, target, max_shard_bytes=SHARD, tell=said.append)
+    assert said == []
+    assert files_in(target) == files_in(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned", "whole"]
+
+
 # --- not the same ---------------------------------------------------------------------------
 
 

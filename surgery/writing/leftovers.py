@@ -17,6 +17,7 @@ from surgery.writing.locks import LOCK, STAGING, locked, remove_stage, staging_f
 from surgery.writing.staging import (
     FILES,
     IDENTITY,
+    OLD,
     REPLACED,
     Stage,
     holds_weights,
@@ -72,7 +73,7 @@ def _look_at(path: Path) -> Leftover | None:
     target = path.parent / path.name[1 : -len(STAGING if staged else REPLACED)]
     if staged:
         names = {one.name for one in path.iterdir()}
-        if names and names.isdisjoint({FILES, IDENTITY, LOCK}):
+        if names and names.isdisjoint({FILES, IDENTITY, LOCK, OLD}):
             return None
     elif not holds_weights(path):
         return None
@@ -115,6 +116,8 @@ def clear(leftover: Leftover) -> None:
         if leftover.remedy == "put back":
             put_back(target)
         elif leftover.path != folder:
-            shutil.rmtree(leftover.path)
+            shutil.rmtree(folder / OLD, ignore_errors=True)
+            os.rename(leftover.path, folder / OLD)  # it is a model to the last, or has no name
+            shutil.rmtree(folder / OLD)
         if leftover.path == folder:
             remove_stage(folder)

@@ -87,12 +87,17 @@ def _flock(lock: int, target: Path, how: int) -> None:
 
 def remove_stage(folder: Path) -> None:
     """Remove a stage whose lock is held: the lock last, or another run could get into it."""
-    for path in [*folder.iterdir()]:
-        if path.name != LOCK:
-            remove(path)
+    empty(folder)
     (folder / LOCK).unlink(missing_ok=True)
     with suppress(OSError):  # another run has made its own lock there already
         folder.rmdir()
+
+
+def empty(folder: Path) -> None:
+    """Remove all but the lock, and what is noted of files before the files."""
+    for path in sorted(folder.iterdir(), key=Path.is_dir):
+        if path.name != LOCK:
+            remove(path)
 
 
 def _is(path: Path, fd: int) -> bool:

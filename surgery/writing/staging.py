@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import InputError, NotFoundError, OutputError
-from surgery.writing.locks import LOCK, locked, remove, remove_stage, staging_folder
+from surgery.writing.locks import empty, locked, remove, remove_stage, staging_folder
 
 REPLACED = ".replaced"
-FILES, IDENTITY, JOURNALS = "files", "identity.json", "journal*.jsonl"
+FILES, OLD, IDENTITY, JOURNALS = "files", "old", "identity.json", "journal*.jsonl"
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -76,8 +75,8 @@ def holds_weights(folder: Path) -> bool:
 class Stage:
     """The directory beside `target` in which it is made, ours alone while the lock is held.
 
-    What gets the final name is in `files`; beside it lie the lock, the journal of finished shards
-    and what tells a later run whether it may go on from them.
+    What gets the final name is in `files`; beside it lie the lock, the journal of finished shards,
+    what tells a later run whether it may go on from them, and in the end what was replaced.
     """
 
     target: Path
@@ -128,9 +127,7 @@ class Stage:
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what an earlier run left, but for the files `keep`; with none, all of it."""
         if not keep:
-            for path in self.folder.iterdir():
-                if path.name != LOCK:
-                    remove(path)
+            empty(self.folder)
         self.files.mkdir(exist_ok=True)
         for path in self.files.iterdir():
             if path.name not in keep:
@@ -245,11 +242,12 @@ def _replace(folder: Path, target: Path) -> None:
             os.rename(aside, target)
         raise
     sync(target.parent)
+    # away from its name in one step: nobody is to take what is half removed for a model
     try:
-        shutil.rmtree(aside)
+        os.rename(aside, folder.parent / OLD)
     except OSError as error:
         raise OutputError(
-            f"{target} is written, and what it has replaced can't be removed: {error}"
+            f"{target} is written, and what it has replaced is left in {aside}: {error}"
         ) from error
 
 
