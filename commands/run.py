@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -108,15 +110,16 @@ def run(
     if ray is not None:
         from surgery.recipe.on_ray import write_parts
 
-        write_parts(
-            given,
-            out,
-            address=ray,
-            overwrite=overwrite,
-            max_shard_bytes=max_shard_size,
-            threads=threads,
-            tell=note,
-        )
+        with redirect_stdout(sys.stderr):  # Ray prints what it has to say of lost workers
+            write_parts(
+                given,
+                out,
+                address=ray,
+                overwrite=overwrite,
+                max_shard_bytes=max_shard_size,
+                threads=threads,
+                tell=note,
+            )
     outcome = run_recipe(
         given,
         out,

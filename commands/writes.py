@@ -116,7 +116,7 @@ def write_proven(
     if not proof.verify:
         return write_edited(edited, target)
     import surgery
-    from surgery.writing.staging import locked
+    from surgery.writing.locks import locked
     from surgery.writing.write import check_space, prepare
 
     prepare(edited, target.out.absolute(), overwrite=target.overwrite)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -32,8 +34,8 @@ from surgery import (
     write_part,
 )
 from surgery.writing.journal import read_journals
+from surgery.writing.locks import locked
 from surgery.writing.parts import parse_part, part_of_stage
-from surgery.writing.staging import locked
 
 Raw = Callable[..., Path]
 SHARD = 4000
@@ -262,13 +264,15 @@ def test_machines_write_at_once(recipe: Path, tmp_path: Path) -> None:
     assert same_but_for_the_name(tmp_path)
 
 
-def same_but_for_the_name(tmp_path: Path) -> bool:
-    """Whether `out` and `single` are the same, but for their names in the command."""
+def same_but_for_the_name(tmp_path: Path, option: str = "") -> bool:
+    """Whether `out` and `single` are the same, but for their names in the command and this
+    option of the one."""
     found = files_in(tmp_path / "out"), files_in(tmp_path / "single")
     for files in found:
         for name in ("surgery.json", "README.md"):
             text = files[name].decode()
-            files[name] = text.replace(str(tmp_path / "single"), str(tmp_path / "out")).encode()
+            text = text.replace(str(tmp_path / "single"), str(tmp_path / "out"))
+            files[name] = text.replace(option, "").encode()
     return found[0] == found[1]
 
 
@@ -322,20 +326,33 @@ def test_a_cluster_that_loses_a_worker(recipe: Path, tmp_path: Path) -> None:
     given = ("run", recipe, "-o", tmp_path / "out", "--max-shard-size", "5MB", "--threads", "1")
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
     running = subprocess.Popen(
-        command(*given, "--ray", "local"), stderr=subprocess.PIPE, text=True, env=environment
+        command(*given, "--ray", "local", "--json"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
-    killed = 0
+    killed = False
     while running.poll() is None and not killed:
-        if read_journals(stage_of(tmp_path / "out")):
-            for child in psutil.Process(running.pid).children(recursive=True):
-                if "_write_one" in " ".join(child.cmdline()):
-                    killed = child.pid
-                    child.kill()
-                    break
+        for journal in stage_of(tmp_path / "out").glob("journal-*.jsonl"):
+            lock = journal.with_name(f"part{journal.stem.removeprefix('journal')}.lock")
+            killed = killed or kill_holder(lock, running.pid)
         time.sleep(0.002)
-    said = running.communicate()[1]
+    told, said = running.communicate()
     assert killed, said
     assert running.returncode == 0, said
+    assert json.loads(told)["out"] == str(tmp_path / "out")
     assert "as tasks of Ray" in said
-    assert same_but_for_the_name(tmp_path)
+    assert re.search(r"^part ./. is written, going on from [1-6] shards; ", said, re.MULTILINE)
+    assert same_but_for_the_name(tmp_path, " --json")
     assert not stage_of(tmp_path / "out").exists()
+
+
+def kill_holder(lock: Path, driver: int) -> bool:
+    """Kill the worker of this driver that has this file open, if one has."""
+    for child in psutil.Process(driver).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(file.path == str(lock) for file in child.open_files()):
+                child.kill()
+                return True
+    return False

@@ -7,6 +7,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,8 +39,8 @@ from surgery.merging.methods import METHODS
 from surgery.operations.merge import merge
 from surgery.writing.identity import differences, identify
 from surgery.writing.journal import Finished, Journal, digest_of, read_journals
+from surgery.writing.locks import locked
 from surgery.writing.plan import plan
-from surgery.writing.staging import locked
 
 Raw = Callable[..., Path]
 SHARD = 4000
@@ -274,6 +275,34 @@ def test_killed_while_it_replaces(models: tuple[Path, Path], tmp_path: Path, whe
             write(edited, target, max_shard_bytes=SHARD, overwrite=True)
         assert files_in(tmp_path / ".out.replaced") == old
     assert files_in(target) == files_in(tmp_path / "whole")
+
+
+def test_what_is_half_removed_has_no_name(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Killed while it removes what it has replaced: nothing may take the rest for a model."""
+    edited, target = edited_of(models), tmp_path / "out"
+    write(edited_of(models, 0.7), target)
+    write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+
+    def work() -> None:
+        unlink = os.unlink
+
+        def killing(path: Any, **how: Any) -> None:
+            unlink(path, **how)
+            if (stage_of(target) / "old").exists():
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.unlink = killing  # in this process alone
+        write(edited, target, max_shard_bytes=SHARD, overwrite=True)
+
+    assert in_child(work) == -signal.SIGKILL
+    assert files_in(target) == files_in(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == [".out.staging", "base", "out", "tuned", "whole"]
+    shutil.rmtree(target)
+    said: list[str] = []
+    write(edited, target, max_shard_bytes=SHARD, tell=said.append)
+    assert said == []
+    assert files_in(target) == files_in(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned", "whole"]
 
 
 # --- not the same ---------------------------------------------------------------------------
@@ -523,6 +552,72 @@ def test_a_sync_that_fails_is_a_failure(
     assert [*read_journals(stage_of(tmp_path / "out"))] == names[:1]
 
 
+def test_a_stage_that_is_gone(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """Somebody removed it: the error says what couldn't be written, and not what couldn't be
+    removed."""
+    target = tmp_path / "out"
+    error, _ = stopped(models, target, partial(shutil.rmtree, stage_of(target)))
+    assert type(error) is OutputError
+    assert str(error).startswith(f"writing to {stage_of(target)}/")
+    assert "No such file or directory" in str(error)
+
+
+def test_a_run_that_cannot_be_gone_on_with_keeps_nothing(
+    models: tuple[Path, Path], tmp_path: Path
+) -> None:
+    edited = edited_of(models)
+    names = list(edited)
+    made = {name: replace(edited[name], kernel=lambda *rows: rows[1]) for name in names[:-1]}
+    last = replace(edited[names[-1]], kernel=lambda *rows: fail(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        write(
+            replace(edited, tensors={**made, names[-1]: last}),
+            tmp_path / "out",
+            max_shard_bytes=SHARD,
+        )
+    assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
+
+
+def test_the_disk_is_kept_busy_and_not_far_behind(
+    raw_checkpoint: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every byte is on its way to the disk soon after it is written, and waited for before many
+    more are."""
+    shards = importlib.import_module("surgery.writing.shards")
+    calls: list[tuple[str, int, int]] = []
+
+    def seen(fd: int, start: int, stop: int, flags: int) -> None:
+        calls.append(("begin" if flags == 2 else "wait", start, stop))
+
+    monkeypatch.setattr(shards, "sync_range", seen)
+    monkeypatch.setattr(shards, "STEP_BYTES", 100)
+    monkeypatch.setattr(shards, "BEHIND_BYTES", 400)
+    opened = open_checkpoint(raw_checkpoint({f"w{i:03}": torch.ones(10) for i in range(100)}))
+    write(opened, tmp_path / "out", threads=1)
+    begun = waited = 0
+    for kind, start, stop in calls:
+        if kind == "begin":
+            assert start <= begun < stop <= begun + 140  # a step, and the tensor that ended it
+            begun = stop
+        else:
+            assert start <= waited < stop
+            waited = stop
+        assert begun - waited <= 400 + 2 * 140
+    assert 4000 - begun < 140
+
+
+def test_the_system_is_asked_as_its_manual_says(tmp_path: Path) -> None:
+    shards = importlib.import_module("surgery.writing.shards")
+    with (tmp_path / "x").open("wb") as file:
+        file.write(bytes(10_000))
+        file.flush()
+        for flags in (2, 7):
+            shards.sync_range(file.fileno(), 0, 10_000, flags)
+    if sys.platform == "linux":
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            shards.sync_range(-1, 0, 1, 2)
+
+
 def test_files_are_open_only_while_they_are_written(
     raw_checkpoint: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -558,7 +653,7 @@ def test_of_two_runs_one_is_refused_before_it_proves_anything(
     """Real processes: the other holds the lock while it proves, long before it writes."""
     base, target = make_model("llama", "base"), tmp_path / "out"
     hold = (
-        "import sys; from pathlib import Path; from surgery.writing.staging import locked\n"
+        "import sys; from pathlib import Path; from surgery.writing.locks import locked\n"
         "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
     )
     arguments = ("grow", base, "-o", target, "--factor", "2", "--no-logits")

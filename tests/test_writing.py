@@ -805,7 +805,7 @@ def test_a_lock_that_was_removed_meanwhile(
     """The other run publishes, and removes its stage with the lock, between our opening and
     locking that, and a third begins: the lock that we get is nobody's, and the third has its own.
     """
-    module = importlib.import_module("surgery.writing.staging")
+    module = importlib.import_module("surgery.writing.locks")
     flock = module.fcntl.flock
     folder = tmp_path / ".out.staging"
     third: list[int] = []
@@ -833,7 +833,7 @@ def test_a_file_system_without_locks(
     def none(fd: int, how: int) -> None:
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(importlib.import_module("surgery.writing.staging").fcntl, "flock", none)
+    monkeypatch.setattr(importlib.import_module("surgery.writing.locks").fcntl, "flock", none)
     said = refused(checkpoint, tmp_path / "out")
     assert said.startswith(f"{tmp_path} can't be locked against other runs: No locks available")
 

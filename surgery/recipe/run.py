@@ -18,10 +18,11 @@ from surgery.recipe.checks import Check, Proving, check, check_requirements, req
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
 from surgery.verification.report import Case, write_report
+from surgery.writing.locks import locked, staging_folder
 from surgery.writing.parts import Part
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
 from surgery.writing.resume import require_all
-from surgery.writing.staging import Stage, check_target, locked, staging_folder
+from surgery.writing.staging import Stage, check_target
 from surgery.writing.write import PartWritten, Written, check_space, write, write_part
 
 

@@ -13,19 +13,16 @@ from pathlib import Path
 from typing import Literal
 
 from surgery.errors import NotFoundError
+from surgery.writing.locks import LOCK, STAGING, locked, remove_stage, staging_folder
 from surgery.writing.staging import (
     FILES,
     IDENTITY,
-    LOCK,
+    OLD,
     REPLACED,
-    STAGING,
     Stage,
     holds_weights,
-    locked,
     put_back,
-    remove_stage,
     replaced_folder,
-    staging_folder,
 )
 
 
@@ -76,7 +73,7 @@ def _look_at(path: Path) -> Leftover | None:
     target = path.parent / path.name[1 : -len(STAGING if staged else REPLACED)]
     if staged:
         names = {one.name for one in path.iterdir()}
-        if names and names.isdisjoint({FILES, IDENTITY, LOCK}):
+        if names and names.isdisjoint({FILES, IDENTITY, LOCK, OLD}):
             return None
     elif not holds_weights(path):
         return None
@@ -119,6 +116,8 @@ def clear(leftover: Leftover) -> None:
         if leftover.remedy == "put back":
             put_back(target)
         elif leftover.path != folder:
-            shutil.rmtree(leftover.path)
+            shutil.rmtree(folder / OLD, ignore_errors=True)
+            os.rename(leftover.path, folder / OLD)  # it is a model to the last, or has no name
+            shutil.rmtree(folder / OLD)
         if leftover.path == folder:
             remove_stage(folder)

@@ -19,9 +19,10 @@ from surgery.errors import ArgumentError, OutputError, UnsupportedError
 from surgery.parallel import Progress
 from surgery.writing.identity import identify
 from surgery.writing.journal import Finished, read_journals
+from surgery.writing.locks import locked, staging_folder
 from surgery.writing.plan import Plan, Shard
 from surgery.writing.resume import PART_LOCKS, Tell, checked, why_not
-from surgery.writing.staging import Stage, locked, staging_folder
+from surgery.writing.staging import Stage
 
 
 @dataclass(frozen=True)

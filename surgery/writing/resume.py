@@ -37,7 +37,7 @@ def begin(
     say = tell or (lambda _: None)
     now = identify(layout)
     before = stage.read_identity()
-    found = read_journals(stage.folder)
+    found = read_journals(stage.folder) if stage.files.is_dir() else {}  # or it was published
     kept: dict[str, Finished] = {}
     if complete:
         kept = _all_of(stage, layout, before, now, found, threads, progress)

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from threading import get_ident
 from typing import Any
 
 from surgery.errors import InputError, NotFoundError, OutputError
+from surgery.writing.locks import empty, locked, remove, remove_stage, staging_folder
 
-STAGING, REPLACED = ".staging", ".replaced"
-_HELD: set[tuple[Path, int]] = set()
-"""Targets that are locked, and by which thread."""
-FILES, LOCK, IDENTITY, JOURNALS = "files", "lock", "identity.json", "journal*.jsonl"
+REPLACED = ".replaced"
+FILES, OLD, IDENTITY, JOURNALS = "files", "old", "identity.json", "journal*.jsonl"
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -79,8 +75,8 @@ def holds_weights(folder: Path) -> bool:
 class Stage:
     """The directory beside `target` in which it is made, ours alone while the lock is held.
 
-    What gets the final name is in `files`; beside it lie the lock, the journal of finished shards
-    and what tells a later run whether it may go on from them.
+    What gets the final name is in `files`; beside it lie the lock, the journal of finished shards,
+    what tells a later run whether it may go on from them, and in the end what was replaced.
     """
 
     target: Path
@@ -131,13 +127,11 @@ class Stage:
     def clear(self, keep: Collection[str] = ()) -> None:
         """Remove what an earlier run left, but for the files `keep`; with none, all of it."""
         if not keep:
-            for path in self.folder.iterdir():
-                if path.name != LOCK:
-                    _remove(path)
+            empty(self.folder)
         self.files.mkdir(exist_ok=True)
         for path in self.files.iterdir():
             if path.name not in keep:
-                _remove(path)
+                remove(path)
 
     def discard(self) -> None:
         """Nothing of this is to be kept: it isn't what it has to be."""
@@ -184,76 +178,16 @@ def staging(
             raise
         finally:
             if not kept:
-                remove_stage(folder)
+                _clear_away(folder, tell)
 
 
-@contextmanager
-def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
-    """Hold the lock of the stage of `target`, which is made if need be. A thread that holds it
-    may ask for it again: a long proof comes before the writing, under the same lock. A `shared`
-    one can be had by many, who write parts, but not while a whole run has it, nor the reverse.
-
-    Raises OutputError if another process holds it, or another thread.
-    """
-    target = target.absolute()
-    holder = (target, get_ident())
-    if holder in _HELD and not shared:
-        yield
-        return
-    folder = staging_folder(target)
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
-    parents = [path for path in target.parents if not path.exists()]
-    lock = None
-    try:  # from the first moment on: an interrupt may come at any
-        while lock is None:
-            try:
-                target.parent.mkdir(parents=True, exist_ok=True)
-                folder.mkdir(exist_ok=True)
-                how = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-                lock = os.open(folder / LOCK, how, 0o666)
-            except FileNotFoundError:  # another run has just removed the stage
-                continue
-            except OSError as error:
-                raise OutputError(f"{folder} can't be made: {error.strerror}") from error
-            _flock(lock, target, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if _is(folder / LOCK, lock):
-                if not shared:
-                    _HELD.add(holder)
-            else:  # the run that held it has removed it
-                os.close(lock)
-                lock = None
-        yield
-    finally:
-        if lock is not None:
-            if holder in _HELD and _is(folder / LOCK, lock) and os.listdir(folder) == [LOCK]:
-                remove_stage(folder)
-            _HELD.discard(holder)
-            os.close(lock)
-        for path in (folder, *parents):  # made here, and nothing came into it
-            with suppress(OSError):
-                path.rmdir()
-
-
-def _flock(lock: int, target: Path, how: int) -> None:
+def _clear_away(folder: Path, tell: Callable[[str], object] | None) -> None:
+    """Remove a stage; that this fails, on a disk that is gone, say, must not hide why it is."""
     try:
-        fcntl.flock(lock, how | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise OutputError(f"another run is writing {target}: wait for it") from error
+        remove_stage(folder)
     except OSError as error:
-        raise OutputError(
-            f"{target.parent} can't be locked against other runs: {error.strerror}"
-        ) from error
-
-
-def remove_stage(folder: Path) -> None:
-    """Remove a stage whose lock is held: the lock last, or another run could get into it."""
-    for path in folder.iterdir():
-        if path.name != LOCK:
-            _remove(path)
-    (folder / LOCK).unlink()
-    with suppress(OSError):  # another run has made its own lock there already
-        folder.rmdir()
+        if tell is not None:
+            tell(f"{folder} can't be removed: {error}")
 
 
 def _put_back(target: Path, overwrite: bool, tell: Callable[[str], object] | None) -> None:
@@ -308,11 +242,12 @@ def _replace(folder: Path, target: Path) -> None:
             os.rename(aside, target)
         raise
     sync(target.parent)
+    # away from its name in one step: nobody is to take what is half removed for a model
     try:
-        shutil.rmtree(aside)
+        os.rename(aside, folder.parent / OLD)
     except OSError as error:
         raise OutputError(
-            f"{target} is written, and what it has replaced can't be removed: {error}"
+            f"{target} is written, and what it has replaced is left in {aside}: {error}"
         ) from error
 
 
@@ -325,29 +260,9 @@ def staged_bytes(target: Path) -> int:
     return total
 
 
-def staging_folder(target: Path) -> Path:
-    """Where `target` is made."""
-    return target.parent / f".{target.name}{STAGING}"
-
-
 def replaced_folder(target: Path) -> Path:
     """Where what `target` replaces lies for a moment."""
     return target.parent / f".{target.name}{REPLACED}"
-
-
-def _is(path: Path, fd: int) -> bool:
-    """Whether what is open as `fd` still has this name."""
-    try:
-        return os.path.samestat(path.stat(), os.fstat(fd))
-    except FileNotFoundError:
-        return False
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
 
 
 def sync(path: Path) -> None:
