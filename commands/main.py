@@ -8,16 +8,15 @@ from __future__ import annotations
 import functools
 import inspect as inspection
 import os
-import signal
 import sys
 from collections.abc import Callable
-from types import FrameType
 from typing import Annotated, ParamSpec
 
 import typer
 
 from surgery.errors import SurgeryError
 
+from . import stopping
 from .apply import apply
 from .demo import demo
 from .dequantize import dequantize
@@ -30,10 +29,10 @@ from .lora import lora
 from .merge import merge
 from .methods import methods
 from .run import run as run_
+from .stopping import Phase
 from .task_vector import task_vector
 from .verify import verify
 
-INTERRUPTED = 130
 SHOWN = 12
 """Problems of one error that are printed; a wrong pair of models can have thousands."""
 
@@ -61,6 +60,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
     @functools.wraps(verb)
     def run_verb(*args: P.args, **kwargs: P.kwargs) -> None:
         try:
+            stopping.phase = Phase.at_work
             verb(*args, **kwargs)
         except SurgeryError as error:
             for problem in error.problems[:SHOWN]:
@@ -71,8 +71,11 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
                 )
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
-            print("interrupted: nothing was written under the final name", file=sys.stderr)
-            raise typer.Exit(INTERRUPTED) from None
+            stopping.phase = Phase.done
+            print(stopping.SAID, file=sys.stderr)
+            raise typer.Exit(stopping.INTERRUPTED) from None
+        finally:
+            stopping.phase = Phase.done
 
     return run_verb
 
@@ -108,13 +111,9 @@ def main(
     """Post-hoc surgery on model checkpoints."""
 
 
-def _terminate(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt  # a job scheduler's SIGTERM cleans up as Ctrl-C does
-
-
 def run() -> None:
     """The console script."""
-    signal.signal(signal.SIGTERM, _terminate)
+    stopping.take_signals()
     try:
         app()
     except SystemExit as left:
@@ -128,6 +127,6 @@ def _leave(code: int) -> None:
     try:
         sys.stdout.flush()
         sys.stderr.flush()
-    except BrokenPipeError:  # whoever read our output has gone
+    except OSError:  # whoever read our output has gone, or the disk that it went to is full
         code = code or 1
     os._exit(code)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from surgery.dtypes import DTYPES, DType
 from surgery.errors import FormatError, InputError, NotFoundError
+from surgery.files import Stamp
 
 LENGTH_BYTES = 8
 LONGEST = 100_000_000  # bytes of JSON: the limit of the reference reader
@@ -34,10 +35,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds, in the order of its bytes."""
+    """What a file says it holds, in the order of its bytes. `stamp` is the file's own."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = field(default=None, compare=False)
 
 
 def read_header(path: Path) -> Header:
@@ -53,11 +55,12 @@ def read_header(path: Path) -> Header:
                     f"and asks for a header of {length:,}"
                 )
             raw = file.read(length)
+            stamp = Stamp.of(file.fileno())
     except FileNotFoundError as error:
         raise NotFoundError(f"{path}: no such file") from error
     except OSError as error:
         raise InputError(f"{path} can't be read: {error.strerror}") from error
-    return parse_header(raw, size, str(path))
+    return replace(parse_header(raw, size, str(path)), stamp=stamp)
 
 
 def parse_header(raw: bytes, size: int, where: str) -> Header:

@@ -16,6 +16,7 @@ from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
 from surgery.hub import Source, resolve
+from surgery.system import reading
 from surgery.tensor import FileSpan, LazyTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -53,6 +54,11 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     With `headers_only` nothing but headers and small files is fetched from the Hub, and reading
     a tensor fails. Raises NotFoundError, or FormatError with everything that is wrong.
     """
+    with reading(reference):
+        return _open(reference, headers_only)
+
+
+def _open(reference: str | Path, headers_only: bool) -> Checkpoint:
     source = resolve(reference, headers_only=headers_only)
     if source.path.is_file():
         headers = {source.path.name: read_header(source.path)}
@@ -100,7 +106,7 @@ def _open_files(
 def _tensors(headers: Mapping[str, Header], folder: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for file, header in headers.items():
-        shard = InputFile(folder / file)
+        shard = InputFile(folder / file, header.stamp)
         for name, entry in header.entries.items():
             span = FileSpan(shard, entry.start, entry.stop - entry.start)
             tensors[name] = LazyTensor(entry.shape, entry.dtype, leaf=span)
@@ -258,7 +264,7 @@ def _companions(source: Source, files: list[str]) -> tuple[dict[str, Path | byte
     """The other files that travel, by relative path, and those that don't."""
     companions: dict[str, Path | bytes] = {}
     left_behind: list[str] = []
-    for folder, folders, names in os.walk(source.path):
+    for folder, folders, names in os.walk(source.path, onerror=_raise):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         relative = Path(folder).relative_to(source.path)
         for name in sorted(names):
@@ -278,6 +284,11 @@ def _companions(source: Source, files: list[str]) -> tuple[dict[str, Path | byte
             elif path.is_symlink():
                 raise NotFoundError(f"{path} is a link to {path.readlink()}, which isn't there")
     return companions, left_behind
+
+
+def _raise(error: OSError) -> None:
+    """What can't be listed isn't passed over: its files would be lost."""
+    raise error
 
 
 def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:

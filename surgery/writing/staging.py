@@ -10,6 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from surgery.errors import OutputError
+from surgery.system import naming, reason, remedy
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -22,7 +23,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         raise OutputError(f"{target} can't be written: {error.strerror}") from error
     problems = []
     real = target.resolve()
-    ours = {_staging_folder(target).resolve(), _replaced_folder(target).resolve()}
+    ours = {staging_folder(target).resolve(), _replaced_folder(target).resolve()}
     for path in inputs:
         given = path.resolve()
         if given in ours or not ours.isdisjoint(given.parents):
@@ -73,7 +74,7 @@ def staging(target: Path) -> Iterator[Path]:
     It is locked while it is in use; the lock goes with the process, so that one that was killed
     leaves nothing that stops the next run: what it left behind is removed here.
     """
-    folder = _staging_folder(target)
+    folder = staging_folder(target)
     if folder.is_symlink():
         raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
     lock = None
@@ -87,7 +88,7 @@ def staging(target: Path) -> Iterator[Path]:
             raise OutputError(f"{folder} can't be made: {error.strerror}") from error
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise OutputError(f"another run is writing {target}: wait for it") from error
         held = _is(folder, lock)
         if not held:  # another run has published what we locked
@@ -99,9 +100,11 @@ def staging(target: Path) -> Iterator[Path]:
             with suppress(OSError):  # made, and interrupted before it was opened; or not ours
                 folder.rmdir()
         else:
-            if held and _is(folder, lock):
-                shutil.rmtree(folder)
-            os.close(lock)
+            with suppress(OSError):  # why we are here is what is to be told, and the next run
+                if held and _is(folder, lock):  # removes what is left
+                    shutil.rmtree(folder)
+            with suppress(OSError):
+                os.close(lock)
 
 
 def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
@@ -121,7 +124,10 @@ def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
             os.rename(folder, target)  # also over an empty directory
         _sync(target.parent)
     except OSError as error:
-        raise OutputError(f"{target} can't be published: {error}") from error
+        where = f", at {error.filename}" if error.filename else ""
+        raise OutputError(
+            f"{target} can't be published{where}: {reason(error)}{remedy(error)}"
+        ) from error
 
 
 def _replace(folder: Path, target: Path) -> None:
@@ -136,7 +142,8 @@ def _replace(folder: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def _staging_folder(target: Path) -> Path:
+def staging_folder(target: Path) -> Path:
+    """Where what will be `target` is made."""
     return target.parent / f".{target.name}.staging"
 
 
@@ -163,6 +170,7 @@ def _empty(folder: Path) -> None:
 def _sync(path: Path) -> None:
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        os.fsync(fd)
+        with naming(path):
+            os.fsync(fd)
     finally:
         os.close(fd)

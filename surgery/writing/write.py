@@ -3,11 +3,10 @@ several threads, while bytes that nobody touched are copied from file to file by
 
 from __future__ import annotations
 
-import errno
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from math import fsum
 from pathlib import Path
@@ -15,16 +14,18 @@ from threading import Lock
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Weights
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError
 from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
-from surgery.tensor import FileSpan, LazyTensor
+from surgery.system import naming
+from surgery.tensor import FileSpan, LazyTensor, input_files
 from surgery.writing.card import model_card
+from surgery.writing.failures import told
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
-from surgery.writing.staging import check_target, publish, staging
+from surgery.writing.staging import check_target, publish, staging, staging_folder
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements computed at a time: 1 MB in float32, which stays in the cache of a core."""
@@ -68,13 +69,16 @@ def write(
     prepare(weights, target, overwrite=overwrite)
     layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
-    with staging(target) as folder, _named(folder):
+    stage = staging_folder(target)
+    with told(stage, weights.paths), staging(target) as folder, told(stage, weights.paths):
         tallies = _fill(layout, folder, threads, progress)
         record = make_record(layout, tallies, verification, command, recipe)
         _write_small_files(layout, folder, record)
         _check_staged(layout, folder)
         if check is not None:
             check(open_checkpoint(folder))
+        for file in input_files(weights.values()):
+            file.check_unchanged()
         publish(folder, target, overwrite=overwrite)
     return Written(target, layout, record, tallies)
 
@@ -92,19 +96,6 @@ def check_space(layout: Plan, target: Path) -> None:
             f"{target} needs {needed:,} bytes, and {free:,} are free there: make room, or "
             f"choose another place"
         )
-
-
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Say which directory couldn't be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, SurgeryError):
-            raise
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        where = error.filename or folder
-        raise OutputError(f"writing to {where} failed: {reason}; nothing was kept") from error
 
 
 def peak_memory(layout: Plan, threads: int | None = None) -> int:
@@ -130,6 +121,7 @@ def _fill(
     """Write all shards; returns the tallies."""
     sums: dict[str, list[float]] = defaultdict(list)
     lock = Lock()
+    names: dict[int, Path] = {}
 
     def work(job: _Copy | _Compute | _Measure) -> None:
         if len(job) == 1:
@@ -137,11 +129,13 @@ def _fill(
             return
         if len(job) == 3:
             fd, span, offset = job
-            _copy(fd, span, offset)
+            with naming(names[fd]):
+                _copy(fd, span, offset)
             done = span.length
         else:
             fd, name, tensor, start, stop, offset = job
-            done, tally = _compute(fd, tensor, start, stop, offset)
+            with naming(names[fd]):
+                done, tally = _compute(fd, tensor, start, stop, offset)
             if tally is not None:
                 with lock:
                     sums[name].append(tally)
@@ -149,12 +143,14 @@ def _fill(
             progress(done)
 
     with ExitStack() as files:
-        fds = {}
+        fds: dict[str, int] = {}
         for shard in layout.shards:
             fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
             files.callback(os.close, fd)
-            os.ftruncate(fd, shard.size)
-            _write_at(fd, memoryview(shard.head), 0)
+            names[fd] = folder / shard.name
+            with naming(names[fd]):
+                os.ftruncate(fd, shard.size)
+                _write_at(fd, memoryview(shard.head), 0)
             fds[shard.name] = fd
         run_all(_jobs(layout, fds), work, threads)
     return {name: fsum(sums[name]) for name in layout.weights if name in sums}
@@ -220,10 +216,8 @@ def _copy(fd: int, span: FileSpan, offset: int) -> None:
             got = os.copy_file_range(
                 source.fd, fd, span.length - done, span.offset + done, offset + done
             )
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                break  # not between these two files: read and write
-            raise
+        except OSError:  # not between these two files, or one of them fails: which of the two is
+            break  # told by reading and writing
         if got == 0:
             break  # the file has ended, which read_into reports, or can't be copied from
         done += got
@@ -246,7 +240,11 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        if isinstance(content, Path):
+            with naming(content):
+                content = content.read_bytes()
+        with naming(path):
+            path.write_bytes(content)
 
 
 def _check_staged(layout: Plan, folder: Path) -> None:

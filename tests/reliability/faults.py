@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import errno
-import os
 import shutil
 import subprocess
 import sys
@@ -63,7 +62,13 @@ READING: dict[str, tuple[int, ...]] = {
     "fstat": (E.EIO, E.ESTALE),
     "opendir": (E.EACCES, E.EIO, E.ESTALE),
 }
-HARMLESS = {"write": SHORT, "pwrite": SHORT, "pread": SHORT, "read": SHORT, "copy_file_range": SHORT}
+HARMLESS = {
+    "write": SHORT,
+    "pwrite": SHORT,
+    "pread": SHORT,
+    "read": SHORT,
+    "copy_file_range": SHORT,
+}
 INTERRUPTED = ("create", "open", "write", "pwrite", "read", "pread", "fsync", "ftruncate")
 """Calls that a signal may break off, with EINTR: they are made again."""
 
@@ -104,9 +109,7 @@ def compiled(folder: Path) -> Path | None:
     if compiler is None or sys.platform != "linux":
         return None
     made = folder / "faults.so"
-    subprocess.run(
-        [compiler, "-O1", "-shared", "-fPIC", "-o", made, SOURCE, "-ldl"], check=True
-    )
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", made, SOURCE, "-ldl"], check=True)
     return made
 
 
@@ -160,7 +163,8 @@ class Breaker:
         if ended.code == 0:
             if state != "whole":
                 return f"it ended with 0, and the final name is {state}"
-            return "an fsync failed, and nobody was told" if fault.call == "fsync" else None
+            swallowed = fault.call == "fsync" and fault.error != errno.EINTR
+            return "an fsync failed, and nobody was told" if swallowed else None
         if fault.error in (SHORT, errno.EINTR):
             return f"this is no failure, and it ended with {ended.code}: {ended.said}"
         if ended.code != (5 if fault.where == "out" else 3):
@@ -169,8 +173,11 @@ class Breaker:
         if len(errors) != 1:
             return f"{len(errors)} messages: {ended.said}"
         target = str(self.folder / "out")
-        told = [at] if fault.call in ("pwrite", "write", "pread", "fsync", "create") else [
-            at, target, str(self.folder / ".out.staging"), str(Path(at).parent)]
+        told = (
+            [at]
+            if fault.call in ("pwrite", "write", "pread", "fsync", "create")
+            else [at, target, str(self.folder / ".out.staging"), str(Path(at).parent)]
+        )
         if not any(path in errors[0] for path in told):
             return f"{at} isn't named: {errors[0]}"
         return None

@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
+from typing_extensions import Self
+
 REPOSITORY = Path(__file__).parents[2]
 DEAD_AFTER = 120
 """Seconds after which a run counts as hung."""
@@ -52,7 +54,8 @@ class Run:
         """Wait for the end. Until then its number isn't given to another process."""
         code = self.forker.ask({"wait": self.pid})
         seconds = time.monotonic() - self.began
-        return Ended(code, self.log.read_text(errors="replace"), seconds)
+        said = self.log.read_text(errors="replace") if self.log.exists() else ""
+        return Ended(code, said, seconds)
 
 
 class Forker:
@@ -74,7 +77,7 @@ class Forker:
             text=True,
         )
 
-    def __enter__(self) -> Forker:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -93,7 +96,6 @@ class Forker:
     def start(self, argv: Sequence[str], folder: Path, **how: Any) -> Run:
         """Begin `surgery *argv` in `folder`. `how`: `address_space`, in bytes; `cgroup`, the
         directory of one; `user`, a numeric id; `fault`, the arguments of `arm` in faults.c."""
-        log = self.logs / "log"
         self.count += 1
         log = self.logs / f"log-{self.count % 64}"
         log.unlink(missing_ok=True)
@@ -151,19 +153,17 @@ def _prepare(job: Mapping[str, Any]) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     if fault := job.get("fault"):
         call, under, number, errno, more, report = fault
-        ctypes.CDLL(None).arm(
-            call.encode(), under.encode(), number, errno, more, report.encode()
-        )
+        ctypes.CDLL(None).arm(call.encode(), under.encode(), number, errno, more, report.encode())
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def main() -> NoReturn:
     """Import what runs need, once; no thread may be started before the last fork."""
+    import surgery.commands.main as command
     import torch
     import transformers.models.llama.modeling_llama
     import transformers.models.llama.tokenization_llama
 
-    import surgery.commands.main as command
     import surgery.recipe
     import surgery.verification.logits
 

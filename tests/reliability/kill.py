@@ -155,6 +155,8 @@ def _wrong_end(kind: Kind, ended: Ended, state: str) -> str | None:
         return f"a traceback: {ended.said[-600:]}"
     if ended.code == 0 and state != "whole":
         return f"it ended with 0, and the final name is {state}"
+    if state == "whole" and "nothing was written" in ended.said:
+        return f"it was written, and the run says: {ended.said[-300:]}"
     return None
 
 
