@@ -72,7 +72,7 @@ class InputFile:
         return made
 
     def check_unchanged(self) -> None:
-        """Raise InputError if somebody has written to what was read."""
+        """Raise FormatError if somebody has written to what was read."""
         if "descriptor" in vars(self):
             try:
                 self._compare(self.descriptor.fd)
@@ -87,7 +87,7 @@ class InputFile:
             return
         if now.size < self.stamp.size:
             raise self._cut_short(now.size)
-        raise InputError(
+        raise FormatError(
             f"{self.path} was changed while it was in use, and what was read of it may be of two "
             f"models: run again when nobody writes to it"
         )

@@ -126,15 +126,19 @@ def _source(source: Source) -> dict[str, Any]:
     files: dict[str, dict[str, Any]] = {}
     folder = source.path if source.path.is_dir() else source.path.parent
     for name, size in source.files.items():
-        blob = (folder / name).resolve().name
-        digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
-        files[name] = {"size": size, "sha256": digest}
+        files[name] = {"size": size, "sha256": blob_digest(folder / name)}
     return {
         "reference": source.reference,
         "revision": source.revision,
         "files": files,
         "edits": _earlier_edits(folder),
     }
+
+
+def blob_digest(path: Path) -> str | None:
+    """The SHA-256 of a file in the Hub's cache, which is the name that it has there."""
+    blob = path.resolve().name
+    return blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
 
 
 def _earlier_edits(folder: Path) -> list[Any]:

