@@ -18,6 +18,7 @@ from typing import Any
 
 import xxhash
 
+from surgery.system import naming
 from surgery.writing.staging import JOURNALS, sync
 
 CHUNK = 1 << 24
@@ -48,18 +49,23 @@ class Journal:
             "digest": finished.digest,
             "tallies": {name: value.hex() for name, value in finished.tallies.items()},
         }
+        with naming(self.path):
+            if self._add(json.dumps(line).encode() + b"\n"):
+                sync(self.path.parent)
+
+    def _add(self, line: bytes) -> bool:
+        """Returns whether it was the first."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(fd).st_size
             cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            data = b"\n" * cut + json.dumps(line).encode() + b"\n"
+            data = b"\n" * cut + line
             if os.write(fd, data) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
             os.fsync(fd)
         finally:
             os.close(fd)
-        if size == 0:
-            sync(self.path.parent)
+        return size == 0
 
 
 def read_journals(folder: Path) -> dict[str, Finished]:

@@ -78,9 +78,10 @@ class OpenShard:
         return {name: fsum(self._sums[name]) for name in self.shard.offsets if name in self._sums}
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # it is closed even where that fails, and its number given away
+        if fd >= 0:
+            with naming(self.path):
+                os.close(fd)
 
 
 class Finisher:
@@ -107,13 +108,14 @@ class Finisher:
     def _run(self) -> None:
         while (shard := self._queue.get()) is not None:
             try:
-                if self.failure is None:
-                    with naming(shard.path):
-                        self._finish(shard)
+                try:
+                    if self.failure is None:
+                        with naming(shard.path):
+                            self._finish(shard)
+                finally:
+                    shard.close()
             except BaseException as error:  # noqa: BLE001  raised in the writer's thread
-                self.failure = error
-            finally:
-                shard.close()
+                self.failure = self.failure or error
 
     def _finish(self, shard: OpenShard) -> None:
         os.fsync(shard.fd)

@@ -102,7 +102,8 @@ class Stage:
     def write_identity(self, identity: Any) -> None:
         """Say what is about to be written. It is there as a whole or not at all."""
         path = self.folder / f"{IDENTITY}.new"
-        path.write_text(json.dumps(identity), "utf-8")
+        with naming(path):
+            path.write_text(json.dumps(identity), "utf-8")
         sync(path)
         os.rename(path, self.folder / IDENTITY)
         sync(self.folder)
@@ -198,7 +199,10 @@ def locked(target: Path) -> Iterator[None]:
             except FileNotFoundError:  # another run has just removed the stage
                 continue
             except OSError as error:
-                raise OutputError(f"{folder} can't be made: {error.strerror}") from error
+                where = error.filename or folder
+                raise OutputError(
+                    f"{where} can't be made: {reason(error)}{remedy(error)}"
+                ) from error
             _flock(lock, target)
             if not _is(folder / LOCK, lock):  # the run that held it has removed it
                 os.close(lock)
@@ -219,7 +223,8 @@ def _flock(lock: int, target: Path) -> None:
         raise OutputError(f"another run is writing {target}: wait for it") from error
     except OSError as error:
         raise OutputError(
-            f"{target.parent} can't be locked against other runs: {error.strerror}"
+            f"{staging_folder(target)} can't be locked against other runs: {reason(error)}"
+            f"{remedy(error)}"
         ) from error
 
 

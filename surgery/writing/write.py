@@ -4,6 +4,7 @@ several threads, while bytes that nobody touched are copied from file to file by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -174,8 +175,9 @@ def _fill(
         run_all(_jobs(layout, left, stage.files, finisher, opened), work, threads)
     finally:
         finisher.join()
-        for shard in opened:
-            shard.close()
+        for shard in opened:  # those that aren't finished, as something has failed
+            with suppress(OSError):
+                shard.close()
     if finisher.failure is not None:
         raise finisher.failure
     sums: dict[str, float] = {}

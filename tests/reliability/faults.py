@@ -26,7 +26,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .forker import Ended, Forker
-from .scene import TRACEBACK, Files, Scene, again, files_in, found_at, fresh, make_scene, unchanged
+from .scene import (
+    STAGE,
+    TRACEBACK,
+    Files,
+    Scene,
+    again,
+    files_in,
+    found_at,
+    fresh,
+    make_scene,
+    unchanged,
+)
 
 SOURCE = Path(__file__).with_name("faults.c")
 SHORT, KILL, NOTHING = -1, -2, -3
@@ -69,6 +80,8 @@ HARMLESS = {
     "read": SHORT,
     "copy_file_range": SHORT,
 }
+DATA = ("pwrite", "write", "pread", "fsync", "create")
+"""Calls whose failure has to name the file itself, if it is one that gets a final name."""
 INTERRUPTED = ("create", "open", "write", "pwrite", "read", "pread", "fsync", "ftruncate")
 """Calls that a signal may break off, with EINTR: they are made again."""
 
@@ -172,12 +185,9 @@ class Breaker:
         errors = [line for line in ended.said.splitlines() if line.startswith("error: ")]
         if len(errors) != 1:
             return f"{len(errors)} messages: {ended.said}"
-        target = str(self.folder / "out")
-        told = (
-            [at]
-            if fault.call in ("pwrite", "write", "pread", "fsync", "create")
-            else [at, target, str(self.folder / ".out.staging"), str(Path(at).parent)]
-        )
+        told = [at]
+        if fault.call not in DATA or (fault.where == "out" and "/files/" not in at):
+            told += [str(self.folder / "out"), str(self.folder / STAGE), str(Path(at).parent)]
         if not any(path in errors[0] for path in told):
             return f"{at} isn't named: {errors[0]}"
         return None

@@ -23,6 +23,8 @@ steps:
 """
 TRACEBACK = "Traceback (most recent call last)"
 
+STAGE = ".out.staging"
+
 Files = Mapping[str, bytes]
 
 
@@ -141,7 +143,9 @@ def again(
         return "the second run wrote other bytes"
     if os.listdir(folder) != ["out"] and state == "whole" and "--overwrite" not in argv:
         # killed between the rename and the end: another run would refuse, as the target is there
-        forker.run(["clean", "out"], folder)
+        cleaned = forker.run(["clean", "out"], folder)
+        if "No such command" in cleaned.said and sorted(os.listdir(folder)) == [STAGE, "out"]:
+            return None
     if os.listdir(folder) != ["out"]:
         return f"left behind: {', '.join(sorted(os.listdir(folder)))}"
     return None
