@@ -9,7 +9,7 @@ import typer
 
 from surgery.errors import ArgumentError
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
 from .output import console
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -32,6 +32,7 @@ def apply(
         ),
     ] = "1",
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -43,7 +44,7 @@ def apply(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     given = surgery.open_checkpoint(base, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
     if dry_run:  # whose they are is told by their base's weights, which aren't read

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -27,6 +27,7 @@ def dequantize(
         StoredAs, typer.Option(help="The type of the weights; float32 holds them unrounded.")
     ] = StoredAs.bfloat16,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -39,7 +40,7 @@ def dequantize(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     given = surgery.open_checkpoint(model, headers_only=dry_run)
     edited = surgery.dequantize(given, dtype=dtype.value)
     if dry_run:

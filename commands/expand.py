@@ -14,6 +14,7 @@ from .options import (
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Out,
@@ -50,6 +51,7 @@ def expand(
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -64,7 +66,7 @@ def expand(
     import surgery
     from surgery.verification import find_relation
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     expanded = surgery.expand(given, copies=copies, after=after)

@@ -15,6 +15,7 @@ from .options import (
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Out,
@@ -90,6 +91,7 @@ def grow(
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -103,7 +105,7 @@ def grow(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(

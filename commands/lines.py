@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    Threads,
+)
 from .output import console, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -39,6 +49,7 @@ def lines(
     ] = Outside.alpha,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -51,7 +62,7 @@ def lines(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     edited = surgery.lines(
         open_model(base, anatomy, headers_only=dry_run),
         open_model(tuned, anatomy, headers_only=dry_run),

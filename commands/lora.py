@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, Out, Overwrite, Threads
+from .options import MODEL, AsJson, DryRun, Fresh, Out, Overwrite, Threads
 from .output import console, progress, size, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -58,6 +58,7 @@ def lora(
     ] = False,
     seed: Annotated[int, typer.Option(help="For the randomized method.")] = 0,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     threads: Threads = None,
@@ -72,7 +73,7 @@ def lora(
     from surgery.lora.extract import outline_lora
     from surgery.writing.plan import MAX_SHARD_BYTES
 
-    target = Target(out, MAX_SHARD_BYTES, threads, overwrite, json)
+    target = Target(out, MAX_SHARD_BYTES, threads, overwrite, json, fresh)
     before = surgery.open_checkpoint(base, headers_only=dry_run)
     after = surgery.open_checkpoint(tuned, headers_only=dry_run)
     patterns = None if modules is None else [part.strip() for part in modules.split(",")]

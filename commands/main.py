@@ -18,6 +18,7 @@ from surgery.errors import SurgeryError
 
 from . import stopping
 from .apply import apply
+from .clean import clean
 from .demo import demo
 from .dequantize import dequantize
 from .diff import diff
@@ -39,7 +40,7 @@ SHOWN = 12
 EXIT_CODES = (
     "Exit codes: 0 done; 2 an argument that can't be meant; 3 something wrong with an input; "
     "4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
-    "failed, and nothing was written; 130 interrupted."
+    "failed, and nothing was written; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(
@@ -70,10 +71,11 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
                     f"error: and {len(error.problems) - SHOWN:,} more like these", file=sys.stderr
                 )
             raise typer.Exit(error.exit_code) from None
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             stopping.phase = Phase.done
-            print(stopping.SAID, file=sys.stderr)
-            raise typer.Exit(stopping.INTERRUPTED) from None
+            number = stopping.number_of(interrupt)
+            print(stopping.said(number), file=sys.stderr)
+            raise typer.Exit(stopping.exit_code(number)) from None
         finally:
             stopping.phase = Phase.done
 
@@ -88,7 +90,7 @@ def _paragraphs(verb: Callable[..., None]) -> str:
 
 VERBS = (
     inspect, diff, lines, merge, methods, task_vector, apply, lora, grow, expand, dequantize,
-    run_, verify, demo,
+    run_, verify, clean, demo,
 )  # fmt: skip
 for verb in VERBS:
     app.command(help=_paragraphs(verb))(with_exit_codes(verb))

@@ -9,7 +9,17 @@ import typer
 from surgery.errors import ArgumentError
 
 from .opening import open_model
-from .options import MODEL, AnatomyFile, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    Threads,
+)
 from .output import console, progress, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -60,6 +70,7 @@ def merge(
     seed: Annotated[int, typer.Option(help="For methods that drop at random.")] = 0,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -74,7 +85,7 @@ def merge(
     import surgery
     from surgery.writing.staging import check_target
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     given = _parameters(weight, density, param or [])
     scaling = _lines(lines)
     _check_base(method, models, no_base=no_base, lines=lines)

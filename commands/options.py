@@ -50,6 +50,12 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output directory, as a whole.")
 ]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh", help="Start anew, even if a run that was stopped could be gone on with."
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(

@@ -22,9 +22,13 @@ PLAIN_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
 
 
+SCHEDULING = {"--fresh"}
+"""Options that say how a run is made, and not what: the record doesn't keep them."""
+
+
 def command_line() -> str:
     """The command as it was given, for the record."""
-    return shlex.join(["surgery", *sys.argv[1:]])
+    return shlex.join(["surgery", *(word for word in sys.argv[1:] if word not in SCHEDULING)])
 
 
 def print_json(value: Any) -> None:

@@ -14,6 +14,7 @@ from .options import (
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Overwrite,
@@ -51,6 +52,7 @@ def run(
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -69,7 +71,7 @@ def run(
     for text in given.notes:
         note(f"note: {text}")
     if dry_run:
-        target = Target(out or Path(), max_shard_size, threads, overwrite, json)
+        target = Target(out or Path(), max_shard_size, threads, overwrite, json, fresh)
         proof = Proof(verify, logits, device.value, verify_dtype.value)
         _dry_run(given, out, target, proof)
         return
@@ -84,6 +86,8 @@ def run(
         checked=partial(_show_checks, json=json),
         work=Work(threads=threads, bar=progress),
         command=command_line(),
+        resume=not fresh,
+        tell=note,
     )
     if json:
         told = {

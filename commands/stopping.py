@@ -8,9 +8,6 @@ import signal
 from enum import Enum
 from types import FrameType
 
-INTERRUPTED = 130
-SAID = "interrupted: nothing half-written was left under the final name"
-
 
 class Phase(Enum):
     """How far the process has come."""
@@ -18,6 +15,10 @@ class Phase(Enum):
     starting = "starting"
     at_work = "at work"
     done = "done"
+
+
+class Terminated(KeyboardInterrupt):
+    """A job scheduler's SIGTERM, which cleans up as Ctrl-C does."""
 
 
 phase = Phase.starting
@@ -29,10 +30,26 @@ def take_signals() -> None:
         signal.signal(number, stop)
 
 
-def stop(signum: int, frame: FrameType | None) -> None:
+def stop(number: int, frame: FrameType | None) -> None:
     """Answer a signal."""
     if phase is Phase.at_work:
-        raise KeyboardInterrupt
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     if phase is Phase.starting:
-        os.write(2, f"{SAID}\n".encode())
-        os._exit(INTERRUPTED)
+        os.write(2, f"{said(number)}\n".encode())
+        os._exit(exit_code(number))
+
+
+def number_of(interrupt: KeyboardInterrupt) -> int:
+    """The signal that came."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+
+def said(number: int) -> str:
+    """What is printed in the end."""
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    return f"{word}: nothing half-written was left under the final name"
+
+
+def exit_code(number: int) -> int:
+    """128 and the number of the signal, as shells have it."""
+    return 128 + number

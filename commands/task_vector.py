@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import MODEL, AsJson, DryRun, Fresh, MaxShardSize, Out, Overwrite, Threads
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -28,6 +28,7 @@ def task_vector(
         StoredAs, typer.Option(help="Store it as float32, or rounded to the tuned model's type.")
     ] = StoredAs.float32,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -40,7 +41,7 @@ def task_vector(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh)
     vector = surgery.task_vector(
         surgery.open_checkpoint(base, headers_only=dry_run),
         surgery.open_checkpoint(tuned, headers_only=dry_run),

@@ -25,6 +25,7 @@ class Target:
     threads: int | None
     overwrite: bool
     json: bool
+    fresh: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,8 @@ def write_edited(
             check=check,
             verification=verification,
             command=command_line(),
+            resume=not target.fresh,
+            tell=note,
         )
     for text in edited.notes:
         note(f"note: {text}")
@@ -100,25 +103,29 @@ def write_proven(
     if not proof.verify:
         return write_edited(edited, target)
     import surgery
+    from surgery.writing.staging import locked
     from surgery.writing.write import check_space, prepare
 
     prepare(edited, target.out.absolute(), overwrite=target.overwrite)
     check_space(surgery.plan(edited), target.out.absolute())
-    verification = prove(
-        base,
-        edited,
-        relation,
-        logits=proof.logits,
-        device=proof.device,
-        dtype=proof.dtype,
-        threads=target.threads,
-    )
-    if not target.json:
-        print_verification(verification)
-    verification.require()
+    with locked(target.out.absolute()):  # the proof can take hours: another run is refused now
+        verification = prove(
+            base,
+            edited,
+            relation,
+            logits=proof.logits,
+            device=proof.device,
+            dtype=proof.dtype,
+            threads=target.threads,
+        )
+        if not target.json:
+            print_verification(verification)
+        verification.require()
 
-    def certify_staged(staged: Checkpoint) -> None:
-        certificate = surgery.certify(base, staged, relation, threads=target.threads)
-        surgery.Verification(certificate, None).require()
+        def certify_staged(staged: Checkpoint) -> None:
+            certificate = surgery.certify(base, staged, relation, threads=target.threads)
+            surgery.Verification(certificate, None).require()
 
-    return write_edited(edited, target, check=certify_staged, verification=verification.as_json())
+        return write_edited(
+            edited, target, check=certify_staged, verification=verification.as_json()
+        )

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
 import traceback
@@ -19,7 +21,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import files_in
+from conftest import files_in, save_raw
 from merging import NEEDED
 
 from surgery import (
@@ -37,6 +39,7 @@ from surgery.operations.merge import merge
 from surgery.writing.identity import differences, identify
 from surgery.writing.journal import Finished, Journal, digest_of, read_journals
 from surgery.writing.plan import plan
+from surgery.writing.staging import locked
 
 Raw = Callable[..., Path]
 SHARD = 4000
@@ -534,6 +537,157 @@ def test_files_are_open_only_while_they_are_written(
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert len(written.plan.shards) == 300
+
+
+# --- two at once ----------------------------------------------------------------------------
+
+RUN = "from surgery.commands.main import run; run()"
+
+
+def command(*arguments: object) -> list[str]:
+    return [sys.executable, "-c", RUN, *map(str, arguments)]
+
+
+def surgery(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
+
+
+def test_of_two_runs_one_is_refused_before_it_proves_anything(
+    make_model: Raw, tmp_path: Path
+) -> None:
+    """Real processes: the other holds the lock while it proves, long before it writes."""
+    base, target = make_model("llama", "base"), tmp_path / "out"
+    hold = (
+        "import sys; from pathlib import Path; from surgery.writing.staging import locked\n"
+        "with locked(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    arguments = ("grow", base, "-o", target, "--factor", "2", "--no-logits")
+    with subprocess.Popen(
+        [sys.executable, "-c", hold, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == b"held\n"
+        second = surgery(*arguments)
+        listed = surgery("clean", tmp_path, "--yes", "--json")
+        other.stdin.close()
+    assert (second.returncode, second.stdout) == (5, "")
+    assert second.stderr == f"error: another run is writing {target}: wait for it\n"
+    (leftover,) = json.loads(listed.stdout)["leftovers"]
+    assert (leftover["in_use"], leftover["cleared"]) == (True, False)
+    assert surgery(*arguments).returncode == 0
+    assert sorted(os.listdir(tmp_path)) == ["base", "out"]
+
+
+def test_a_lock_can_be_had_again_by_its_own_thread_alone(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "deep" / "out"
+    failed: list[BaseException] = []
+
+    def other() -> None:
+        try:
+            with locked(target):
+                pass
+        except OutputError as error:
+            failed.append(error)
+
+    with locked(target):
+        with locked(target):
+            pass
+        thread = threading.Thread(target=other)
+        thread.start()
+        thread.join()
+        assert len(failed) == 1
+        assert stage_of(target).is_dir()
+    assert os.listdir(tmp_path) == []  # nor the directories that were made for it
+
+
+# --- the command line -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> Path:
+    """A model whose writing takes a while, in shards of 4 MB."""
+    made = {f"t{i}": torch.randn(256, 4096) for i in range(40)}
+    return save_raw(tmp_path / "large", made)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_same_command_goes_on(large: Path, tmp_path: Path, number: signal.Signals) -> None:
+    out, code = tmp_path / "out", {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -9)
+    arguments = ("lines", large, large, "-o", out, "--alpha", "0.5", "--max-shard-size", "5MB")
+    with subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True) as running:
+        while running.poll() is None and len(read_journals(stage_of(out))) < 3:
+            time.sleep(0.001)
+        running.send_signal(number)
+        assert running.stderr is not None
+        said = running.stderr.read()
+    assert running.returncode == code, said
+    assert "Traceback" not in said
+    if number != signal.SIGKILL:
+        assert "shards are finished and kept in" in said
+    listed = surgery("clean", tmp_path)
+    assert listed.returncode == 0
+    assert re.search(r"\d+ finished +to remove", listed.stdout)
+    assert "Nothing was removed" in listed.stdout
+    second = surgery(*arguments)
+    assert second.returncode == 0, second.stderr
+    assert re.search(r"^going on: \d+ of 40 shards were finished$", second.stderr, re.MULTILINE)
+    resumed = files_in(out)
+    third = surgery(*arguments, "--overwrite", "--fresh")
+    assert third.returncode == 0, third.stderr
+    assert "going on" not in third.stderr
+    again = files_in(out)
+    records = [json.loads(found.pop("surgery.json")) for found in (resumed, again)]
+    cards = [found.pop("README.md").replace(b" --overwrite", b"") for found in (resumed, again)]
+    assert resumed == again
+    assert cards[0] == cards[1]
+    commands = [record.pop("command") for record in records]
+    assert commands[1] == f"{commands[0]} --overwrite"  # --fresh says nothing of what is written
+    assert records[0] == records[1]
+
+
+def test_clean(models: tuple[Path, Path], tmp_path: Path) -> None:
+    """A stage, a model that lost its name, one that was replaced; and what only has such names."""
+    kill_after(2, edited_of(models), tmp_path / "out")
+    kill_after(2, edited_of(models), tmp_path / "other")
+    write(edited_of(models), tmp_path / "lost")
+    (tmp_path / "lost").rename(tmp_path / ".lost.replaced")
+    write(edited_of(models), tmp_path / "there")
+    write(edited_of(models), tmp_path / "aside")
+    (tmp_path / "aside").rename(tmp_path / ".there.replaced")
+    for name in (".mine.staging", ".mine.replaced"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").write_text("precious")
+    (tmp_path / ".linked.staging").symlink_to("base")
+    lost = files_in(tmp_path / ".lost.replaced")
+
+    one = surgery("clean", tmp_path / "out", "--yes")
+    assert one.returncode == 0, one.stderr
+    assert not stage_of(tmp_path / "out").exists()
+    assert stage_of(tmp_path / "other").exists()
+
+    shown = surgery("clean", tmp_path, "--json")
+    told = {Path(one["path"]).name: one for one in json.loads(shown.stdout)["leftovers"]}
+    assert {name: (one["remedy"], one["finished_shards"]) for name, one in told.items()} == {
+        ".other.staging": ("remove", 2),
+        ".lost.replaced": ("put back", 0),
+        ".there.replaced": ("remove", 0),
+    }
+    assert not any(one["cleared"] or one["in_use"] for one in told.values())
+    assert all(one["bytes"] > 4000 and one["age_seconds"] < 600 for one in told.values())
+    assert files_in(tmp_path / ".lost.replaced") == lost
+
+    assert surgery("clean", tmp_path, "--yes").returncode == 0
+    assert files_in(tmp_path / "lost") == lost
+    assert (tmp_path / "there" / "config.json").exists()
+    assert sorted(os.listdir(tmp_path)) == [
+        ".linked.staging", ".mine.replaced", ".mine.staging", "base", "lost", "there", "tuned",
+    ]  # fmt: skip
+    nothing = surgery("clean", tmp_path)
+    assert (nothing.returncode, nothing.stdout) == (0, f"Nothing was left below {tmp_path}\n")
+    missing = surgery("clean", tmp_path / "no" / "such")
+    assert missing.returncode == 3
+    assert "there is no directory" in missing.stderr
 
 
 # --- what is compared -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +18,7 @@ from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
 from surgery.verification.report import Case, write_report
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
-from surgery.writing.staging import check_target
+from surgery.writing.staging import check_target, locked
 from surgery.writing.write import Written, check_space, write
 
 
@@ -41,6 +42,8 @@ def run_recipe(
     checked: Callable[[Sequence[Check]], object] | None = None,
     work: Work | None = None,
     command: str | None = None,
+    resume: bool = True,
+    tell: Callable[[str], object] | None = None,
 ) -> Outcome:
     """Do what `recipe` says, and write its output to `out`, all of it or nothing.
 
@@ -49,7 +52,7 @@ def run_recipe(
     checked, and only then is anything written. With `verify` steps that promise to keep the
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
     file for the results of the checks, in JUnit's format, written whether they hold or not, and
-    `checked` is called with them.
+    `checked` is called with them. `resume` and `tell` are as in `write`.
 
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
@@ -66,32 +69,39 @@ def run_recipe(
     for name, target in targets.items():
         layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
         check_space(layout, target)
-    models = build(recipe, inputs, work)
-    checks = check(recipe, models, required, proving, work)
-    if report is not None:
-        cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
-        write_report(Path(report), recipe.document.path, cases)
-    if checked is not None:
-        checked(checks)
-    VerificationError.raise_if(problem for one in checks for problem in one.problems)
-    proved = {tuple(r.pair): r for r, _ in required if r.same}
-    written = {}
-    for name, target in targets.items():
-        weights = to_write(models, name)
-        with work.progress(f"writing {name}", weights.nbytes) as advance:
-            written[name] = write(
-                weights,
-                target,
-                overwrite=overwrite,
-                max_shard_bytes=max_shard_bytes,
-                threads=work.threads,
-                progress=advance,
-                check=_again(models, name, [pair[0] for pair in proved if pair[1] == name], work),
-                verification=_verification(checks),
-                recipe=recipe.data,
-                command=command,
-            )
-    return Outcome(tuple(checks), written)
+    with ExitStack() as locks:
+        for target in targets.values():  # checks can take hours: another run is refused now
+            locks.enter_context(locked(target))
+        models = build(recipe, inputs, work)
+        checks = check(recipe, models, required, proving, work)
+        if report is not None:
+            cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
+            write_report(Path(report), recipe.document.path, cases)
+        if checked is not None:
+            checked(checks)
+        VerificationError.raise_if(problem for one in checks for problem in one.problems)
+        proved = {tuple(r.pair): r for r, _ in required if r.same}
+        written = {}
+        for name, target in targets.items():
+            weights = to_write(models, name)
+            with work.progress(f"writing {name}", weights.nbytes) as advance:
+                written[name] = write(
+                    weights,
+                    target,
+                    overwrite=overwrite,
+                    max_shard_bytes=max_shard_bytes,
+                    threads=work.threads,
+                    progress=advance,
+                    check=_again(
+                        models, name, [pair[0] for pair in proved if pair[1] == name], work
+                    ),
+                    verification=_verification(checks),
+                    recipe=recipe.data,
+                    command=command,
+                    resume=resume,
+                    tell=tell,
+                )
+        return Outcome(tuple(checks), written)
 
 
 def targets_of(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:

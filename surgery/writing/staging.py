@@ -10,13 +10,16 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from threading import get_ident
 from typing import Any
 
 from surgery.errors import InputError, NotFoundError, OutputError
 from surgery.system import naming, reason, remedy
-from surgery.writing.failures import NOTHING
+from surgery.writing.failures import NOTHING, told
 
 STAGING, REPLACED = ".staging", ".replaced"
+_HELD: set[tuple[Path, int]] = set()
+"""Targets that are locked, and by which thread."""
 FILES, LOCK, IDENTITY, JOURNALS = "files", "lock", "identity.json", "journal*.jsonl"
 
 
@@ -55,7 +58,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
             problems.append(
                 f"{target} exists already: choose another place, or replace it with --overwrite"
             )
-        elif any(target.iterdir()) and not _holds_weights(target):
+        elif any(target.iterdir()) and not holds_weights(target):
             problems.append(
                 f"{target} holds no model that could be replaced: choose another place, or remove "
                 f"what is there yourself"
@@ -69,7 +72,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
     OutputError.raise_if(problems)
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
     """Whether a directory is a model, a task vector or an adapter, and not somebody's home."""
     return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
 
@@ -163,8 +166,6 @@ def staging(
     put aside to replace it gets its name back. `tell` is called with what is to be known.
     """
     folder = staging_folder(target)
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
     stage = Stage(target, folder)
     kept = False
     with locked(target):
@@ -185,9 +186,20 @@ def staging(
 
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
-    """Hold the lock of the stage of `target`, which is made if need be. Raises OutputError if
-    another process holds it."""
+    """Hold the lock of the stage of `target`, which is made if need be. A thread that holds it
+    may ask for it again: a long proof comes before the writing, under the same lock.
+
+    Raises OutputError if another process holds it, or another thread.
+    """
+    target = target.absolute()
+    holder = (target, get_ident())
+    if holder in _HELD:
+        yield
+        return
     folder = staging_folder(target)
+    if folder.is_symlink():
+        raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
+    parents = [path for path in target.parents if not path.exists()]
     lock = None
     try:  # from the first moment on: an interrupt may come at any
         while lock is None:
@@ -203,17 +215,28 @@ def locked(target: Path) -> Iterator[None]:
                 raise OutputError(
                     f"{where} can't be made: {reason(error)}{remedy(error)}"
                 ) from error
-            _flock(lock, target)
-            if not _is(folder / LOCK, lock):  # the run that held it has removed it
+            with told(folder, ()):
+                _flock(lock, target)
+                for path in parents:
+                    sync(path.parent)
+                ours = _is(folder / LOCK, lock)
+            if ours:
+                _HELD.add(holder)
+            else:  # the run that held it has removed it
                 os.close(lock)
                 lock = None
         yield
     finally:
         if lock is not None:
             with suppress(OSError):
+                if holder in _HELD and _is(folder / LOCK, lock) and os.listdir(folder) == [LOCK]:
+                    remove_stage(folder)
+            _HELD.discard(holder)
+            with suppress(OSError):
                 os.close(lock)
-        with suppress(OSError):  # made, and interrupted before there was anything in it
-            folder.rmdir()
+        for path in (folder, *parents):  # made here, and nothing came into it
+            with suppress(OSError):
+                path.rmdir()
 
 
 def _flock(lock: int, target: Path) -> None:
@@ -223,7 +246,7 @@ def _flock(lock: int, target: Path) -> None:
         raise OutputError(f"another run is writing {target}: wait for it") from error
     except OSError as error:
         raise OutputError(
-            f"{staging_folder(target)} can't be locked against other runs: {reason(error)}"
+            f"{target.parent} can't be locked against other runs: {reason(error)}"
             f"{remedy(error)}"
         ) from error
 
@@ -252,7 +275,7 @@ def _put_back(target: Path, overwrite: bool, tell: Callable[[str], object] | Non
 def put_back(target: Path) -> bool:
     """Rename what was put aside to be replaced back to `target`, if nothing has that name."""
     aside = replaced_folder(target)
-    if not _holds_weights(aside) or aside.is_symlink() or os.path.lexists(target):
+    if not holds_weights(aside) or aside.is_symlink() or os.path.lexists(target):
         return False
     os.rename(aside, target)
     sync(target.parent)

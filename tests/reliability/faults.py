@@ -188,6 +188,7 @@ class Breaker:
         told = [at]
         if fault.call not in DATA or (fault.where == "out" and "/files/" not in at):
             told += [str(self.folder / "out"), str(self.folder / STAGE), str(Path(at).parent)]
+            told += [f"{self.folder} "]
         if not any(path in errors[0] for path in told):
             return f"{at} isn't named: {errors[0]}"
         return None

@@ -148,7 +148,7 @@ def _wait_for_stage(place: Path, run: Run) -> None:
 def _wrong_end(kind: Kind, ended: Ended, state: str) -> str | None:
     """What is wrong with the way in which a run ended that was sent a signal."""
     killed = -getattr(signal, kind.signal, signal.SIGKILL)
-    allowed = {0, killed} if kind.signal in ("SIGKILL", "memory") else {0, 130, killed}
+    allowed = {0, killed} if kind.signal in ("SIGKILL", "memory") else {0, 130, 143, killed}
     if ended.code not in allowed:
         return f"it ended with {ended.code}: {ended.said[-300:]}"
     if TRACEBACK in ended.said:

@@ -143,9 +143,7 @@ def again(
         return "the second run wrote other bytes"
     if os.listdir(folder) != ["out"] and state == "whole" and "--overwrite" not in argv:
         # killed between the rename and the end: another run would refuse, as the target is there
-        cleaned = forker.run(["clean", "out"], folder)
-        if "No such command" in cleaned.said and sorted(os.listdir(folder)) == [STAGE, "out"]:
-            return None
+        forker.run(["clean", "out", "--yes"], folder)
     if os.listdir(folder) != ["out"]:
         return f"left behind: {', '.join(sorted(os.listdir(folder)))}"
     return None
