@@ -37,9 +37,14 @@ from .verify import verify
 SHOWN = 12
 """Problems of one error that are printed; a wrong pair of models can have thousands."""
 
+NO_MEMORY = (
+    "there isn't enough memory: pass fewer --threads, or raise the limit (ulimit -v, or that of "
+    "the container)"
+)
+
 EXIT_CODES = (
-    "Exit codes: 0 done; 2 an argument that can't be meant; 3 something wrong with an input; "
-    "4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
+    "Exit codes: 0 done; 1 too little memory; 2 an argument that can't be meant; 3 something "
+    "wrong with an input; 4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
     "failed, and nothing was written; 130 interrupted; 143 terminated."
 )
 
@@ -71,6 +76,11 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
                     f"error: and {len(error.problems) - SHOWN:,} more like these", file=sys.stderr
                 )
             raise typer.Exit(error.exit_code) from None
+        except (MemoryError, RuntimeError) as error:
+            if not _is_of_memory(error):
+                raise
+            print(f"error: {NO_MEMORY}", file=sys.stderr)
+            raise typer.Exit(1) from None
         except KeyboardInterrupt as interrupt:
             stopping.phase = Phase.done
             number = stopping.number_of(interrupt)
@@ -80,6 +90,12 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
             stopping.phase = Phase.done
 
     return run_verb
+
+
+def _is_of_memory(error: BaseException) -> bool:
+    """Whether the system has refused memory. torch and threading have no exception for it."""
+    texts = ("can't allocate memory", "can't start new thread")
+    return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 
 def _paragraphs(verb: Callable[..., None]) -> str:

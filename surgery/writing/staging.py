@@ -246,8 +246,7 @@ def _flock(lock: int, target: Path) -> None:
         raise OutputError(f"another run is writing {target}: wait for it") from error
     except OSError as error:
         raise OutputError(
-            f"{target.parent} can't be locked against other runs: {reason(error)}"
-            f"{remedy(error)}"
+            f"{target.parent} can't be locked against other runs: {reason(error)}{remedy(error)}"
         ) from error
 
 
