@@ -94,7 +94,7 @@ def with_exit_codes(verb: Callable[P, None]) -> Callable[P, None]:
 
 def _is_of_memory(error: BaseException) -> bool:
     """Whether the system has refused memory. torch and threading have no exception for it."""
-    texts = ("can't allocate memory", "can't start new thread")
+    texts = ("can't allocate memory", "can't start new thread", "bad_alloc")
     return isinstance(error, MemoryError) or any(text in str(error) for text in texts)
 
 

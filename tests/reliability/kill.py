@@ -69,24 +69,27 @@ class Killed:
 class Killer:
     """Runs and kills, in a folder of its own."""
 
-    def __init__(self, scene: Scene, forker: Forker, folder: Path, seed: int) -> None:
+    def __init__(
+        self, scene: Scene, forker: Forker, folder: Path, seed: int, *, measured: int = 3
+    ) -> None:
         self.scene, self.forker, self.folder = scene, forker, folder
+        self.measured = measured
         self.random = random.Random(seed)
         self.normal: dict[tuple[str, bool], Normal] = {}
         self.inputs = unchanged(scene.inputs)
         self.old = files_in(scene.inputs / "old")
 
     def measure(self, kind: Kind) -> Normal:
-        """The command, undisturbed, three times."""
+        """The command, undisturbed, some times."""
         key = (kind.command, kind.overwrite)
         if key not in self.normal:
             found = [
                 self.scene.wanted(self.forker, kind.command, self.folder, *kind.more)
-                for _ in range(3)
+                for _ in range(self.measured)
             ]
             wanted = found[0][0]
             assert all(files == wanted for files, _ in found), "the same run, and other bytes"
-            staged = median(self._staged_for(kind) for _ in range(3))
+            staged = median(self._staged_for(kind) for _ in range(self.measured))
             self.normal[key] = Normal(wanted, median(e.seconds for _, e in found), staged)
         return self.normal[key]
 
