@@ -7,7 +7,6 @@ is no line: its shard is written again.
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -60,8 +59,8 @@ class Journal:
             size = os.fstat(fd).st_size
             cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
             data = b"\n" * cut + line
-            if os.write(fd, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            while data:
+                data = data[os.write(fd, data) :]
             os.fsync(fd)
         finally:
             os.close(fd)
