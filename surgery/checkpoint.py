@@ -15,6 +15,7 @@ from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.quantization.fp8 import Layout, find_layout
 from surgery.quantization.schemes import Quantization, find_quantization
+from surgery.system import naming
 from surgery.tensor import LazyTensor
 
 CONFIG = "config.json"
@@ -118,7 +119,8 @@ class Checkpoint(Weights):
         the input had none and none was made."""
         given = self.source.path / CONFIG
         if given.is_file():
-            raw = given.read_bytes()
+            with naming(given):
+                raw = given.read_bytes()
             if json.dumps(json.loads(raw)) == json.dumps(self.config):  # 1 isn't true or 1.0
                 return {CONFIG: raw}
         elif not self.config:

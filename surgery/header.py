@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from surgery.dtypes import DTYPES, DType
 from surgery.errors import FormatError, InputError
+from surgery.files import Stamp
 from surgery.untrusted import brief, open_regular, parse_json
 
 LENGTH_BYTES = 8
@@ -38,10 +39,11 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds, in the order of its bytes."""
+    """What a file says it holds, in the order of its bytes. `stamp` is the file's own."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = field(default=None, compare=False)
 
 
 def read_header(path: Path) -> Header:
@@ -57,9 +59,10 @@ def read_header(path: Path) -> Header:
                     f"and asks for a header of {length:,}"
                 )
             raw = file.read(length)
+            stamp = Stamp.of(file.fileno())
         except OSError as error:
             raise InputError(f"{path} can't be read: {error.strerror}") from error
-    return parse_header(raw, size, str(path))
+    return replace(parse_header(raw, size, str(path)), stamp=stamp)
 
 
 def parse_header(raw: bytes, size: int, where: str) -> Header:

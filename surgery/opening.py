@@ -17,6 +17,7 @@ from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
 from surgery.hub import Source, resolve
+from surgery.system import reading
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.untrusted import brief, parse_table, read_small
 
@@ -62,6 +63,11 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     With `headers_only` nothing but headers and small files is fetched from the Hub, and reading
     a tensor fails. Raises NotFoundError, or FormatError with everything that is wrong.
     """
+    with reading(reference):
+        return _open(reference, headers_only)
+
+
+def _open(reference: str | Path, headers_only: bool) -> Checkpoint:
     source = resolve(reference, headers_only=headers_only)
     if source.path.is_file():
         headers = {source.path.name: read_header(source.path)}
@@ -129,7 +135,7 @@ def _open_files(
 def _tensors(headers: Mapping[str, Header], folder: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for file, header in headers.items():
-        shard = InputFile(folder / file)
+        shard = InputFile(folder / file, header.stamp)
         for name, entry in header.entries.items():
             span = FileSpan(shard, entry.start, entry.stop - entry.start)
             tensors[name] = LazyTensor(entry.shape, entry.dtype, leaf=span)

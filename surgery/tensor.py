@@ -9,7 +9,7 @@ and what can be copied from file to file are read off it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -224,6 +224,27 @@ class LazyTensor:
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces) if pieces else self.inputs[0].read(0, 0)
+
+
+def input_files(tensors: Iterable[LazyTensor]) -> list[InputFile]:
+    """The files that `tensors` are made of, each once."""
+    files: dict[int, InputFile] = {}
+    seen: set[int] = set()
+    left = list(tensors)
+    while left:
+        tensor = left.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        left += tensor.inputs
+        if tensor.exact is not None:
+            left.append(tensor.exact)
+        if isinstance(tensor.leaf, FileSpan):
+            files[id(tensor.leaf.file)] = tensor.leaf.file
+        elif tensor.leaf is not None:  # one that is made of others: an adapter's, scales
+            parts = getattr(tensor.leaf, "__dict__", {}).values()
+            left += [part for part in parts if isinstance(part, LazyTensor)]
+    return list(files.values())
 
 
 def gather(inputs: tuple[LazyTensor, ...], runs: Runs, shape: tuple[int, ...]) -> LazyTensor:

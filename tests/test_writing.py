@@ -674,7 +674,8 @@ def test_a_write_that_the_disk_refuses(
 
     monkeypatch.setattr(os, "pwrite", full)
     assert refused(checkpoint, tmp_path / "out") == (
-        f"writing to {tmp_path / '.out.staging'} failed: the disk is full; nothing was kept"
+        f"writing to {tmp_path / '.out.staging' / 'files' / 'model.safetensors'} failed: the disk "
+        f"is full; nothing was kept. Make room, or choose another place"
     )
     monkeypatch.undo()
     assert everything(tmp_path) == before
@@ -704,10 +705,13 @@ def test_a_full_disk(
     made = {name: torch.rand(200, 100) for name in "abcde"}
     opened = open_checkpoint(raw_checkpoint(made))
     monkeypatch.setattr(writer, "free_bytes", lambda _: 1 << 40)
-    staged = small_disk / ".out.staging"
+    staged = small_disk / ".out.staging" / "files" / "model.safetensors"
     for edited in (opened, computed(opened, torch.neg)):
         said = refused(edited, small_disk / "out")
-        assert said == f"writing to {staged} failed: the disk is full; nothing was kept"
+        assert said == (
+            f"writing to {staged} failed: the disk is full; nothing was kept. Make room, or choose "
+            f"another place"
+        )
         assert os.listdir(small_disk) == []
     monkeypatch.undo()
     said = refused(opened, small_disk / "out")
@@ -1012,6 +1016,8 @@ def test_the_record_keeps_no_time(
     write(edited, tmp_path / "one", threads=1)
     for path in (tmp_path / "given").rglob("*"):
         os.utime(path, (1, 1))
+    checkpoint = open_checkpoint(tmp_path / "given")
+    edited = lines(checkpoint, checkpoint, alpha=0.5)
     monkeypatch.setattr(time, "time", lambda: 1e9)
     write(edited, tmp_path / "two", threads=1)
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")

@@ -11,6 +11,7 @@ from typing import Any
 
 from surgery.checkpoint import CARD, Checkpoint, Weights
 from surgery.hub import Source
+from surgery.system import naming
 from surgery.writing.plan import Plan
 
 _UNPRINTABLE = re.compile(r"[^ -~]")
@@ -68,7 +69,7 @@ def _kept(card: Path | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    with card.open("rb") as file:
+    with naming(card), card.open("rb") as file:
         first, *lines = file.read(_LONGEST_METADATA).decode("utf-8", "replace").split("\n")
     ends = [at for at, line in enumerate(lines) if line.rstrip() == "---"]
     if first.rstrip() != "---" or not ends:

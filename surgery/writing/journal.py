@@ -7,7 +7,6 @@ is no line: its shard is written again.
 
 from __future__ import annotations
 
-import errno
 import json
 import mmap
 import os
@@ -18,7 +17,8 @@ from typing import Any
 
 import xxhash
 
-from surgery.writing.staging import JOURNALS, sync
+from surgery.system import naming, sync
+from surgery.writing.staging import JOURNALS
 
 CHUNK = 1 << 24
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
@@ -48,18 +48,23 @@ class Journal:
             "digest": finished.digest,
             "tallies": {name: value.hex() for name, value in finished.tallies.items()},
         }
+        with naming(self.path):
+            if self._add(json.dumps(line).encode() + b"\n"):
+                sync(self.path.parent)
+
+    def _add(self, line: bytes) -> bool:
+        """Returns whether it was the first."""
         fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
         try:
             size = os.fstat(fd).st_size
             cut = size > 0 and os.pread(fd, 1, size - 1) != b"\n"
-            data = b"\n" * cut + json.dumps(line).encode() + b"\n"
-            if os.write(fd, data) < len(data):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
+            data = b"\n" * cut + line
+            while data:
+                data = data[os.write(fd, data) :]
             os.fsync(fd)
         finally:
             os.close(fd)
-        if size == 0:
-            sync(self.path.parent)
+        return size == 0
 
 
 def read_journals(folder: Path) -> dict[str, Finished]:

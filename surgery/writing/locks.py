@@ -15,6 +15,8 @@ from pathlib import Path
 from threading import get_ident
 
 from surgery.errors import OutputError
+from surgery.system import reason, remedy, sync
+from surgery.writing.failures import told
 
 STAGING, LOCK = ".staging", "lock"
 _HELD: set[tuple[Path, int]] = set()
@@ -54,9 +56,16 @@ def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
             except FileNotFoundError:  # another run has just removed the stage
                 continue
             except OSError as error:
-                raise OutputError(f"{folder} can't be made: {error.strerror}") from error
-            _flock(lock, target, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
-            if _is(folder / LOCK, lock):
+                where = error.filename or folder
+                raise OutputError(
+                    f"{where} can't be made: {reason(error)}{remedy(error)}"
+                ) from error
+            with told(folder, ()):
+                _flock(lock, target, fcntl.LOCK_SH if shared else fcntl.LOCK_EX)
+                for path in parents:
+                    sync(path.parent)
+                ours = _is(folder / LOCK, lock)
+            if ours:
                 if not shared:
                     _HELD.add(holder)
             else:  # the run that held it has removed it
@@ -65,10 +74,12 @@ def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
         yield
     finally:
         if lock is not None:
-            if holder in _HELD and _is(folder / LOCK, lock) and os.listdir(folder) == [LOCK]:
-                remove_stage(folder)
+            with suppress(OSError):
+                if holder in _HELD and _is(folder / LOCK, lock) and os.listdir(folder) == [LOCK]:
+                    remove_stage(folder)
             _HELD.discard(holder)
-            os.close(lock)
+            with suppress(OSError):
+                os.close(lock)
         for path in (folder, *parents):  # made here, and nothing came into it
             with suppress(OSError):
                 path.rmdir()
@@ -81,7 +92,7 @@ def _flock(lock: int, target: Path, how: int) -> None:
         raise OutputError(f"another run is writing {target}: wait for it") from error
     except OSError as error:
         raise OutputError(
-            f"{target.parent} can't be locked against other runs: {error.strerror}"
+            f"{target.parent} can't be locked against other runs: {reason(error)}{remedy(error)}"
         ) from error
 
 

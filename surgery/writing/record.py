@@ -17,7 +17,7 @@ from typing import Any
 from surgery.anatomy import Corrections
 from surgery.anatomy.stored import KEY, as_data
 from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
-from surgery.errors import InputError
+from surgery.errors import FormatError, NotFoundError
 from surgery.hub import Source
 from surgery.integrity.digests import hub_digest
 from surgery.opening import read_json
@@ -160,6 +160,6 @@ def _earlier_edits(folder: Path) -> list[Any]:
     try:
         edits = read_json(folder / RECORD)["edits"]
         json.dumps(edits, ensure_ascii=False, allow_nan=False).encode()
-    except (InputError, KeyError, ValueError):
+    except (NotFoundError, FormatError, KeyError, ValueError):
         return []  # no record, or not one of ours
     return edits if isinstance(edits, list) else []

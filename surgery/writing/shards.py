@@ -16,6 +16,7 @@ from pathlib import Path
 from threading import Lock, Thread
 from typing import Any
 
+from surgery.system import naming
 from surgery.tensor import FileSpan
 from surgery.writing.journal import Finished, Journal, digest_of
 from surgery.writing.plan import FILE_BLOCK, Shard
@@ -40,12 +41,13 @@ class OpenShard:
         self._lock = Lock()
         self._left = 1
         self._sums: dict[str, list[float]] = defaultdict(list)
-        path = folder / shard.name
-        self.fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        self.path = folder / shard.name
+        self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         self._pace = _Pace(self.fd)
         try:
-            os.ftruncate(self.fd, shard.size)
-            write_at(self.fd, memoryview(shard.head), 0)
+            with naming(self.path):
+                os.ftruncate(self.fd, shard.size)
+                write_at(self.fd, memoryview(shard.head), 0)
         except BaseException:
             self.close()
             raise
@@ -77,9 +79,10 @@ class OpenShard:
         return {name: fsum(self._sums[name]) for name in self.shard.offsets if name in self._sums}
 
     def close(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
+        fd, self.fd = self.fd, -1  # it is closed even where that fails, and its number given away
+        if fd >= 0:
+            with naming(self.path):
+                os.close(fd)
 
 
 class Finisher:
@@ -106,12 +109,14 @@ class Finisher:
     def _run(self) -> None:
         while (shard := self._queue.get()) is not None:
             try:
-                if self.failure is None:
-                    self._finish(shard)
+                try:
+                    if self.failure is None:
+                        with naming(shard.path):
+                            self._finish(shard)
+                finally:
+                    shard.close()
             except BaseException as error:  # noqa: BLE001  raised in the writer's thread
-                self.failure = error
-            finally:
-                shard.close()
+                self.failure = self.failure or error
 
     def _finish(self, shard: OpenShard) -> None:
         os.fsync(shard.fd)
@@ -194,10 +199,8 @@ def _copy(fd: int, span: FileSpan, offset: int) -> None:
             got = os.copy_file_range(
                 source.fd, fd, span.length - done, span.offset + done, offset + done
             )
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                break  # not between these two files: read and write
-            raise
+        except OSError:  # not between these two files, or one of them fails: which of the two is
+            break  # told by reading and writing
         if got == 0:
             break  # the file has ended, which read_into reports, or can't be copied from
         done += got

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.errors import InputError, NotFoundError, OutputError
+from surgery.system import naming, reason, remedy, sync
+from surgery.writing.failures import NOTHING
 from surgery.writing.locks import empty, locked, remove, remove_stage, staging_folder
 
 REPLACED = ".replaced"
@@ -102,7 +104,8 @@ class Stage:
         """Say what is about to be written, as a whole or not at all; False if another run has
         said so already."""
         path = self.folder / f"{IDENTITY}.{os.getpid()}.{os.urandom(4).hex()}"
-        path.write_text(json.dumps(identity), "utf-8")
+        with naming(path):
+            path.write_text(json.dumps(identity), "utf-8")
         sync(path)
         try:
             os.link(path, self.folder / IDENTITY)  # which no two can do
@@ -145,6 +148,10 @@ class Stage:
         unread = type(error) in (InputError, NotFoundError)  # but not what is wrong in a file
         stopped = not isinstance(error, Exception) or isinstance(error, outside) or unread
         return self.finished > 0 and self.files.is_dir() and stopped
+
+    @property
+    def what_is_kept(self) -> str:
+        return self.how_to_go_on if self.finished else NOTHING
 
     @property
     def how_to_go_on(self) -> str:
@@ -229,7 +236,10 @@ def publish(stage: Stage, *, overwrite: bool) -> None:
             os.rename(folder, target)  # also over an empty directory
             sync(target.parent)
     except OSError as error:
-        raise OutputError(f"{target} can't be published: {error}") from error
+        where = f", at {error.filename}" if error.filename else ""
+        raise OutputError(
+            f"{target} can't be published{where}: {reason(error)}{remedy(error)}"
+        ) from error
 
 
 def _replace(folder: Path, target: Path) -> None:
@@ -263,12 +273,3 @@ def staged_bytes(target: Path) -> int:
 def replaced_folder(target: Path) -> Path:
     """Where what `target` replaces lies for a moment."""
     return target.parent / f".{target.name}{REPLACED}"
-
-
-def sync(path: Path) -> None:
-    """Have a file or a directory written to the disk."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -3,24 +3,26 @@ several threads, while bytes that nobody touched are copied from file to file by
 
 from __future__ import annotations
 
-import errno
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Weights
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError
 from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.integrity.seal import input_digests, seal
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
-from surgery.tensor import FileSpan, LazyTensor
+from surgery.system import naming
+from surgery.tensor import FileSpan, LazyTensor, input_files
 from surgery.writing.card import model_card
+from surgery.writing.failures import told
 from surgery.writing.journal import Finished, Journal
+from surgery.writing.locks import staging_folder
 from surgery.writing.parts import Part, join, part_of_stage
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
@@ -84,7 +86,12 @@ def write(
     prepare(weights, target, overwrite=overwrite)
     layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
-    with staging(target, overwrite=overwrite, tell=tell) as stage, _named(stage):
+    folder, inputs = staging_folder(target), weights.paths
+    with (
+        told(folder, inputs),
+        staging(target, overwrite=overwrite, tell=tell) as stage,
+        told(folder, inputs, lambda: stage.what_is_kept),
+    ):
         kept = begin(
             stage,
             layout,
@@ -108,6 +115,7 @@ def write(
         except Exception:
             stage.discard()
             raise
+        _check_unchanged(weights)
         publish(stage, overwrite=overwrite)
     return Written(target, layout, record, tallies, tuple(kept))
 
@@ -144,12 +152,24 @@ def write_part(
     prepare(weights, target, overwrite=overwrite)
     layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
-    with part_of_stage(target, part) as stage, _named(stage):
+    folder, inputs = staging_folder(target), weights.paths
+    with (
+        told(folder, inputs),
+        part_of_stage(target, part) as stage,
+        told(folder, inputs, lambda: stage.what_is_kept),
+    ):
         kept = join(stage, layout, part, threads=threads, progress=progress, tell=tell)
         shards = part.shards(layout)
         journal = Journal(stage.folder, f"-{part.name}")
         _fill(layout, stage, shards, kept, journal, threads, progress)
+        _check_unchanged(weights)
     return PartWritten(target, layout, part, tuple(s.name for s in shards), tuple(kept))
+
+
+def _check_unchanged(weights: Weights) -> None:
+    """Raise FormatError if a file that was read is no longer what it was."""
+    for file in input_files(weights.values()):
+        file.check_unchanged()
 
 
 def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
@@ -165,20 +185,6 @@ def check_space(layout: Plan, target: Path) -> None:
             f"{target} needs {needed:,} bytes, and {free:,} are free there: make room, or "
             f"choose another place"
         )
-
-
-@contextmanager
-def _named(stage: Stage) -> Iterator[None]:
-    """Say which directory couldn't be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, SurgeryError):
-            raise
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        where = error.filename or stage.folder
-        kept = stage.how_to_go_on if stage.finished else "nothing was kept"
-        raise OutputError(f"writing to {where} failed: {reason}; {kept}") from error
 
 
 def peak_memory(layout: Plan, threads: int | None = None) -> int:
@@ -216,12 +222,14 @@ def _fill(
             return
         if len(job) == 3:
             shard, span, offset = job
-            copy(shard.fd, span, offset)
+            with naming(shard.path):
+                copy(shard.fd, span, offset)
             done = span.length
             shard.done(done)
         else:
             shard, name, tensor, start, stop, offset = job
-            done, tally = _compute(shard.fd, tensor, start, stop, offset)
+            with naming(shard.path):
+                done, tally = _compute(shard.fd, tensor, start, stop, offset)
             shard.done(done, name, tally)
         if progress is not None:
             progress(done)
@@ -233,8 +241,9 @@ def _fill(
         run_all(_jobs(layout, left, stage.files, finisher, opened), work, threads)
     finally:
         finisher.join()
-        for shard in opened:
-            shard.close()
+        for shard in opened:  # those that aren't finished, as something has failed
+            with suppress(OSError):
+                shard.close()
     if finisher.failure is not None:
         raise finisher.failure
     sums: dict[str, float] = {}
@@ -309,10 +318,11 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            shutil.copyfile(content, path)  # in pieces: a companion may be of any size
+        with naming(path):
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)  # in pieces: a companion may be of any size
 
 
 def _check_staged(layout: Plan, folder: Path) -> None:

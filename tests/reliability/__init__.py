@@ -1,1 +1,2 @@
-"""Kill it, starve it, lie to it: what must not happen to anybody's weights."""
+"""Runs of `surgery` that are killed, starved and lied to; what is left is looked at as a user
+would, from outside. docs/reliability.md has the figures."""
