@@ -40,7 +40,7 @@ class Run:
 @dataclass
 class Case:
     """A command to measure. `output` is removed after each run; `inputs` are read by the floor,
-    which is left out when there are none."""
+    which is left out when there are none, and reads alone when there is no output."""
 
     name: str
     command: Sequence[str]
@@ -88,7 +88,7 @@ def compare(cases: Iterable[Case], repeat: int, *, warm_up: bool = True) -> None
             warm(case.inputs)
             case.runs.append(run(case.command))
             _remove(case.output)
-            if model is not None:
+            if case.inputs:
                 case.floors.append(floor(case.inputs, model))
         if model is not None:
             shutil.rmtree(model)
@@ -132,11 +132,13 @@ def run(command: Sequence[str], environment: Mapping[str, str] | None = None) ->
     return Run(wall, usage.ru_utime + usage.ru_stime, sampler.peak)
 
 
-def floor(inputs: Sequence[Path], model: Path) -> tuple[float, float]:
+def floor(inputs: Sequence[Path], model: Path | None) -> tuple[float, float]:
     """Seconds to read the input directories once, and to write a copy of `model`."""
     warm(inputs)
     files = shlex.join(map(str, files_of(inputs)))
     reading = run(["sh", "-c", f"cat {files} | cat > /dev/null"])
+    if model is None:
+        return reading.wall, 0.0
     copy = model.with_name(model.name + ".copy")
     _remove(copy)
     warm([model])

@@ -9,7 +9,20 @@ import typer
 
 from surgery.errors import ArgumentError
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -31,7 +44,11 @@ def apply(
             "A negative one unlearns."
         ),
     ] = "1",
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -43,8 +60,8 @@ def apply(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
-    given = surgery.open_checkpoint(base, headers_only=dry_run)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
+    given = open_model(base, anatomy, headers_only=dry_run)
     opened = [surgery.open_update(vector, given, headers_only=dry_run) for vector in vectors]
     if dry_run:  # whose they are is told by their base's weights, which aren't read
         opened = [replace(vector, base=given) for vector in opened]

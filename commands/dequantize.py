@@ -7,7 +7,18 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .options import (
+    MODEL,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -27,6 +38,9 @@ def dequantize(
         StoredAs, typer.Option(help="The type of the weights; float32 holds them unrounded.")
     ] = StoredAs.bfloat16,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -34,12 +48,12 @@ def dequantize(
 ) -> None:
     """Write an FP8 model in bfloat16: every weight times its scale, rounded once.
 
-    What grows or rearranges blocks takes such a model; lines, merge, diff, task-vector and apply
-    take the FP8 model as it is. Scales of 128 x 128 blocks (DeepSeek-V3), rows or whole matrices.
+    What adds or rearranges blocks takes such a model; lines, merge, diff, task-vector, apply and
+    grow (in whole blocks) take the FP8 model as it is. Scales of 128 x 128 blocks (DeepSeek-V3), rows or whole matrices.
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     given = surgery.open_checkpoint(model, headers_only=dry_run)
     edited = surgery.dequantize(given, dtype=dtype.value)
     if dry_run:

@@ -11,13 +11,16 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Out,
     Overwrite,
+    SignKey,
     Threads,
     Verify,
     VerifyDtype,
@@ -50,6 +53,9 @@ def expand(
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -64,7 +70,7 @@ def expand(
     import surgery
     from surgery.verification import find_relation
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     proof = Proof(verify, logits, device.value, verify_dtype.value)
     given = open_model(base, anatomy, headers_only=dry_run)
     expanded = surgery.expand(given, copies=copies, after=after)

@@ -12,14 +12,18 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     Device,
     DeviceOption,
     DryRun,
+    Fresh,
     Logits,
     MaxShardSize,
     Out,
     Overwrite,
     Scope,
+    SignKey,
+    Text,
     Threads,
     Verify,
     VerifyDtype,
@@ -90,8 +94,12 @@ def grow(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -101,13 +109,13 @@ def grow(
 
     Neurons are copied, and each one's outgoing weights are split among its copies so that they
     sum to what they were, bit for bit. Of a model that reads images or audio the language model
-    grows, unless --scope says otherwise; of an encoder-decoder both do. The result is verified before it is written, and again
-    as it lies on disk. arXiv 2603.08647.
+    grows, unless --scope says otherwise; of an encoder-decoder both do. The result is verified
+    before it is written, and again as it lies on disk. arXiv 2603.08647.
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
-    proof = Proof(verify, logits, device.value, verify_dtype.value)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
+    proof = Proof(verify, logits, device.value, verify_dtype.value, text)
     given = open_model(base, anatomy, headers_only=dry_run)
     grown = surgery.grow(
         given,
@@ -155,5 +163,5 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
-    if "mlp_widths" in grown.config:
+    if not {"mlp_widths", "mlp_width_keys"}.isdisjoint(grown.config):
         out.print("Layers differ in width: load it with trust_remote_code=True.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,9 +11,11 @@ import typer
 from .opening import open_model
 from .options import MODEL, AnatomyFile, AsJson, Scope
 from .output import block_ranges, console, count, print_json, size, table
+from .terminal import one_line
 
 if TYPE_CHECKING:
     from surgery import Checkpoint
+    from surgery.anatomy import MLP
 
 
 def inspect(
@@ -33,7 +35,8 @@ def inspect(
     if as_anatomy:
         from surgery.recipe import anatomy_yaml
 
-        typer.echo(anatomy_yaml(_dequantized(checkpoint).anatomy), nl=False)
+        scales = checkpoint.scales.weight_of if checkpoint.scales else {}
+        typer.echo(anatomy_yaml(checkpoint.anatomy, leave_out=scales), nl=False)
         return
     report = describe(checkpoint, scope)
     if json:
@@ -44,15 +47,16 @@ def inspect(
 
 def describe(checkpoint: Checkpoint, scope: str | None = None) -> dict[str, Any]:
     """The report as plain data, with the blocks that `scope` means."""
-    from surgery.anatomy.infer import HEAD_KEYS, first, text_config
+    from surgery.anatomy.infer import HEAD_KEYS, architecture, first, text_config
+    from surgery.anatomy.mixing import find_mixing
 
     quantization = checkpoint.quantization
-    recognised = _dequantized(checkpoint)
-    anatomy, config = recognised.anatomy, text_config(checkpoint.config)
+    scales = checkpoint.scales
+    anatomy, config = checkpoint.anatomy, text_config(checkpoint.config)
     return {
         "model": checkpoint.source.reference,
         "revision": checkpoint.source.revision,
-        "architecture": (checkpoint.config.get("architectures") or [None])[0],
+        "architecture": architecture(checkpoint.config),
         "model_type": checkpoint.config.get("model_type"),
         "parameters": checkpoint.numel,
         "bytes": checkpoint.nbytes,
@@ -65,36 +69,28 @@ def describe(checkpoint: Checkpoint, scope: str | None = None) -> dict[str, Any]
         "head": anatomy.head,
         "tied": anatomy.tied,
         "quantization": None if quantization is None else str(quantization),
-        "blocks": _blocks(recognised, scope, quantized=quantization is not None),
+        "blocks": _blocks(
+            checkpoint, find_mixing(checkpoint.tensors, anatomy.places, config), scope
+        ),
         "unrecognised": anatomy.unrecognised,
-        "notes": [*recognised.notes, *anatomy.notes],
+        "notes": [*checkpoint.notes, *(scales.problems if scales else ()), *anatomy.notes],
         "companions": sorted(checkpoint.companions),
         "left_behind": list(checkpoint.left_behind),
     }
 
 
-def _dequantized(checkpoint: Checkpoint) -> Checkpoint:
-    """What is to be recognised: 8-bit floats without the scales beside them, which are no part of
-    a model; anything else as it is."""
-    from surgery import UnsupportedError, dequantize
-
-    if checkpoint.quantization is None or not checkpoint.quantization.scaled:
-        return checkpoint
-    try:
-        return replace(dequantize(checkpoint), notes=checkpoint.notes)  # nothing was done yet
-    except UnsupportedError as error:
-        return replace(checkpoint, notes=(*checkpoint.notes, *error.problems))
-
-
-def _blocks(checkpoint: Checkpoint, scope: str | None, *, quantized: bool) -> list[dict[str, Any]]:
-    """Every block: its parameters, its MLPs, and why those can't be grown if so."""
+def _blocks(
+    checkpoint: Checkpoint, mixing: Mapping[tuple[str, int], Sequence[str]], scope: str | None
+) -> list[dict[str, Any]]:
+    """Every block: its parameters, what mixes tokens, its MLPs, and why those can't be grown if
+    so."""
     from surgery.anatomy.scopes import in_scope, part_of
 
-    packed = "its weights are quantized" if quantized else None
     anatomy = checkpoint.anatomy
+    scales = checkpoint.scales.weight_of if checkpoint.scales else {}
     parameters: Counter[tuple[str, int]] = Counter()
     for name, place in anatomy.places.items():
-        if place.stack is not None and place.block is not None:
+        if place.stack is not None and place.block is not None and name not in scales:
             parameters[place.stack, place.block] += checkpoint[name].numel
     described = []
     for stack in anatomy.stacks if scope is None else in_scope(anatomy.stacks, scope):
@@ -108,6 +104,7 @@ def _blocks(checkpoint: Checkpoint, scope: str | None, *, quantized: bool) -> li
                     "part": part_of(stack),
                     "block": block,
                     "parameters": parameters[stack, block],
+                    "mixing": list(mixing.get((stack, block), ())),
                     "mlp": None
                     if mlp is None
                     else {
@@ -129,10 +126,27 @@ def _blocks(checkpoint: Checkpoint, scope: str | None, *, quantized: bool) -> li
                         for expert in experts
                     ],
                     "no_growth": anatomy.no_growth.get((stack, block))
-                    or ((mlp or experts) and packed),
+                    or _packed(checkpoint, [*mlps, *experts]),
                 }
             )
     return described
+
+
+def _packed(checkpoint: Checkpoint, mlps: Sequence[MLP]) -> str | None:
+    """Why MLPs can't be grown as their weights are stored."""
+    from surgery import UnsupportedError
+    from surgery.operations.scales import neurons_in_a_block
+
+    if checkpoint.quantization is None or not mlps:
+        return None
+    if checkpoint.scales is None or checkpoint.scales.problems:
+        return "its weights are quantized"
+    try:
+        for mlp in mlps:
+            neurons_in_a_block(checkpoint, mlp, checkpoint.scales.scaled)
+    except UnsupportedError as error:
+        return str(error)
+    return None
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -164,17 +178,18 @@ def _print(report: dict[str, Any]) -> None:
     out.print(facts)
     if report["blocks"]:
         out.print(_block_table(report["blocks"]))
-    for title, key in (
-        ("Not recognised (copied as they are)", "unrecognised"),
-        ("Noticed", "notes"),
-        ("Files that don't travel", "left_behind"),
+    for title, lines in (
+        ("Can't be grown", _refusals(report["blocks"])),
+        ("Not recognised (copied as they are)", report["unrecognised"]),
+        ("Noticed", report["notes"]),
+        ("Files that don't travel", report["left_behind"]),
     ):
-        if report[key]:
+        if lines:
             out.print(title, style="bold")
-            for line in report[key][:20]:
-                out.print(f"  {line}")
-            if len(report[key]) > 20:
-                out.print(f"  and {len(report[key]) - 20:,} more")
+            for line in lines[:20]:
+                out.print(f"  {one_line(line)}")
+            if len(lines) > 20:
+                out.print(f"  and {len(lines) - 20:,} more")
 
 
 def _block_table(blocks: list[dict[str, Any]]) -> Any:
@@ -182,39 +197,45 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     alike: dict[tuple[Any, ...], list[int]] = {}
     for block in blocks:
         mlp = block["mlp"] or {}
-        look = (
-            mlp.get("width"),
-            mlp.get("gated"),
-            mlp.get("fused"),
-            mlp.get("layout"),
-            block["mlps"],
-        )
         experts = _experts(block["experts"])
-        key = (block["stack"], block["parameters"], *look, experts, block["no_growth"])
+        kind = (
+            ("gated" if mlp["gated"] else "plain") + (", fused" if mlp["fused"] else "")
+            if mlp
+            else ""
+        )
+        kind += ", (in, out)" if mlp.get("layout") == "in, out" else ""
+        kind = f"{block['mlps']} {kind}" if block["mlps"] > 1 else kind
+        known = "; ".join(filter(None, (kind, experts)))
+        key = (
+            block["stack"],
+            block["parameters"],
+            " + ".join(block["mixing"]) or "none",
+            f"{mlp['width']:,}" if mlp else "",
+            known or ("not recognised" if block["no_growth"] else "no MLP"),
+            "no" if block["no_growth"] else "yes" if known else "",
+        )
         alike.setdefault(key, []).append(block["block"])
     made = table(
-        "stack", "blocks", "parameters each", "MLP width", "MLP", "stored", "grow",
-        left=("stack", "blocks", "MLP", "stored", "grow"),
+        "stack", "blocks", "parameters", "mixes tokens", "width", "MLP", "grow",
+        left=("stack", "blocks", "mixes tokens", "MLP", "grow"),
     )  # fmt: skip
-    made.columns[-1].no_wrap = False
-    for (
-        (stack, parameters, width, gated, fused, layout, many, experts, reason),
-        numbers,
-    ) in alike.items():
-        kind = "gated" if gated else "plain"
-        kind = f"{kind}, fused" if fused else kind if width else ""
-        kind = f"{many} {kind}" if many > 1 else kind
-        mlps = "; ".join(filter(None, (kind, experts)))
-        made.add_row(
-            stack,
-            block_ranges(numbers),
-            count(parameters),
-            f"{width:,}" if width else "",
-            mlps or "none recognised",
-            layout or "",
-            reason or ("yes" if mlps else "no"),
-        )
+    for column in made.columns[3:]:
+        column.no_wrap = False
+    for (stack, parameters, *rest), numbers in alike.items():
+        made.add_row(stack, block_ranges(numbers), count(parameters), *rest)
     return made
+
+
+def _refusals(blocks: list[dict[str, Any]]) -> list[str]:
+    """Why blocks can't be grown, a line for those of a stack that have the same reason."""
+    alike: dict[tuple[str, str], list[int]] = {}
+    for block in blocks:
+        if block["no_growth"]:
+            reason = block["no_growth"].replace(f"{block['stack']}.{block['block']}.", "")
+            alike.setdefault((block["stack"], reason), []).append(block["block"])
+    return [
+        f"{stack} {block_ranges(numbers)}: {reason}" for (stack, reason), numbers in alike.items()
+    ]
 
 
 def _experts(experts: list[dict[str, Any]]) -> str:

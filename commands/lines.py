@@ -12,11 +12,14 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     DryRun,
+    Fresh,
     MaxShardSize,
     Out,
     Overwrite,
     Scope,
+    SignKey,
     Threads,
 )
 from .output import console, table
@@ -50,6 +53,9 @@ def lines(
     scope: Scope = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -63,7 +69,7 @@ def lines(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     edited = surgery.lines(
         open_model(base, anatomy, headers_only=dry_run),
         open_model(tuned, anatomy, headers_only=dry_run),

@@ -7,7 +7,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, Out, Overwrite, Threads
+from .opening import open_model
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, progress, size, table
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -57,7 +69,11 @@ def lora(
         typer.Option("--save-rest", help="Take along whole what else has changed (embeddings...)."),
     ] = False,
     seed: Annotated[int, typer.Option(help="For the randomized method.")] = 0,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     threads: Threads = None,
@@ -72,9 +88,9 @@ def lora(
     from surgery.lora.extract import outline_lora
     from surgery.writing.plan import MAX_SHARD_BYTES
 
-    target = Target(out, MAX_SHARD_BYTES, threads, overwrite, json)
-    before = surgery.open_checkpoint(base, headers_only=dry_run)
-    after = surgery.open_checkpoint(tuned, headers_only=dry_run)
+    target = Target(out, MAX_SHARD_BYTES, threads, overwrite, json, fresh, checksums, sign_key)
+    before = open_model(base, anatomy, headers_only=dry_run)
+    after = open_model(tuned, anatomy, headers_only=dry_run)
     patterns = None if modules is None else [part.strip() for part in modules.split(",")]
     if dry_run:
         outline = outline_lora(

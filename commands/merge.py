@@ -13,11 +13,14 @@ from .options import (
     MODEL,
     AnatomyFile,
     AsJson,
+    Checksums,
     DryRun,
+    Fresh,
     MaxShardSize,
     Out,
     Overwrite,
     Scope,
+    SignKey,
     Threads,
 )
 from .output import console, progress, table
@@ -71,6 +74,9 @@ def merge(
     scope: Scope = None,
     anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -86,7 +92,7 @@ def merge(
     import surgery
     from surgery.writing.staging import check_target
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     given = _parameters(weight, density, param or [])
     scaling = _lines(lines)
     _check_base(method, models, no_base=no_base, lines=lines)

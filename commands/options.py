@@ -50,6 +50,12 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output directory, as a whole.")
 ]
+Fresh = Annotated[
+    bool,
+    typer.Option(
+        "--fresh", help="Start anew, even if a run that was stopped could be gone on with."
+    ),
+]
 DryRun = Annotated[
     bool,
     typer.Option(
@@ -66,6 +72,23 @@ MaxShardSize = Annotated[
 Threads = Annotated[
     int | None,
     typer.Option("--threads", min=1, help="Worker threads; the result doesn't depend on it."),
+]
+Checksums = Annotated[
+    bool,
+    typer.Option(
+        "--checksums",
+        help="Record the SHA-256 of every input, and write that of every output to SHA256SUMS, "
+        "which `surgery check` and `sha256sum -c` verify.",
+    ),
+]
+SignKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--sign-key",
+        metavar="FILE",
+        help="Sign the output with this private key (elliptic curve, PEM), as model.sig; needs "
+        "surgery[signing].",
+    ),
 ]
 Verify = Annotated[
     bool, typer.Option("--verify/--no-verify", help="Prove that the function is kept.")
@@ -95,6 +118,15 @@ Report = Annotated[
 Logits = Annotated[
     bool,
     typer.Option("--logits/--no-logits", help="Compare logits too, or rely on the weights alone."),
+]
+Text = Annotated[
+    Path | None,
+    typer.Option(
+        "--text",
+        metavar="FILE",
+        help="Compare on the start of this text, by the model's own tokenizer, rather than on "
+        "random tokens.",
+    ),
 ]
 DeviceOption = Annotated[Device, typer.Option("--device", help="Where the models are run.")]
 VerifyDtypeOption = Annotated[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+
+from .terminal import one_problem, plain_console
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,9 +25,30 @@ PLAIN_INTERVAL = 5.0
 """Seconds between two lines of progress where the output is no terminal."""
 
 
+_FLAGS = ("--json", "--overwrite", "--fresh", "--finish")
+_VALUES = ("--threads", "--report", "--sign-key", "--shards", "--ray")
+
+
 def command_line() -> str:
-    """The command as it was given, for the record."""
-    return shlex.join(["surgery", *sys.argv[1:]])
+    """The command as it was given, for the record, but for what decides no byte of the output: how
+    it was run and shown is left out, so that many machines give the same bytes as one, and where
+    it was written to is OUT."""
+    kept = ["surgery"]
+    words = iter(sys.argv[1:])
+    for word in words:
+        name, equals, _ = word.partition("=")
+        if word in ("-o", "--out"):
+            kept += [word, "OUT"]
+            next(words, None)
+        elif name == "--out":
+            kept.append("--out=OUT")
+        elif word in _VALUES:
+            next(words, None)
+        elif word in _FLAGS or (equals and name in _VALUES):
+            continue
+        else:
+            kept.append("-oOUT" if re.match(r"-o[^-]", word) else word)
+    return shlex.join(kept)
 
 
 def print_json(value: Any) -> None:
@@ -36,11 +60,7 @@ def print_json(value: Any) -> None:
 
 def console() -> Console:
     """Where tables go. Piped output isn't cut to 80 columns, and what files say is no markup."""
-    from rich.console import Console
-
-    return Console(
-        soft_wrap=False, width=None if sys.stdout.isatty() else 120, highlight=False, markup=False
-    )
+    return plain_console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
 
 
 def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
@@ -108,15 +128,14 @@ def progress(label: str, total: int) -> Iterator[Progress]:
             now = time.monotonic()
             if now - said >= PLAIN_INTERVAL:
                 said = now
-                print(f"{label}: {size(done)} of {size(total)}", file=sys.stderr, flush=True)
+                note(f"{label}: {size(done)} of {size(total)}")
 
     yield advance
     seconds = time.monotonic() - start
-    print(f"{label}: {size(total)} in {seconds:.1f} s", file=sys.stderr, flush=True)
+    note(f"{label}: {size(total)} in {seconds:.1f} s")
 
 
 def _bar(label: str, total: int) -> Iterator[Progress]:
-    from rich.console import Console
     from rich.progress import (
         BarColumn,
         DownloadColumn,
@@ -127,20 +146,20 @@ def _bar(label: str, total: int) -> Iterator[Progress]:
     )
 
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
         TimeRemainingColumn(),
     )
-    with Progress(*columns, console=Console(stderr=True)) as bars:
+    with Progress(*columns, console=plain_console(stderr=True)) as bars:
         task = bars.add_task(label, total=total)
         yield lambda nbytes: bars.advance(task, nbytes)
 
 
 def note(text: str) -> None:
     """A line on stderr."""
-    print(text, file=sys.stderr, flush=True)
+    print(one_problem(text), file=sys.stderr, flush=True)
 
 
 def plan_as_json(layout: Plan, free: int, memory: int) -> dict[str, Any]:

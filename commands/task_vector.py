@@ -7,7 +7,20 @@ from typing import Annotated
 
 import typer
 
-from .options import MODEL, AsJson, DryRun, MaxShardSize, Out, Overwrite, Threads
+from .opening import open_model
+from .options import (
+    MODEL,
+    AnatomyFile,
+    AsJson,
+    Checksums,
+    DryRun,
+    Fresh,
+    MaxShardSize,
+    Out,
+    Overwrite,
+    SignKey,
+    Threads,
+)
 from .output import console, size
 from .writes import Target, write_edited
 from .writes import dry_run as show_plan
@@ -27,7 +40,11 @@ def task_vector(
     dtype: Annotated[
         StoredAs, typer.Option(help="Store it as float32, or rounded to the tuned model's type.")
     ] = StoredAs.float32,
+    anatomy: AnatomyFile = None,
     overwrite: Overwrite = False,
+    fresh: Fresh = False,
+    checksums: Checksums = False,
+    sign_key: SignKey = None,
     dry_run: DryRun = False,
     json: AsJson = False,
     max_shard_size: MaxShardSize = "5GB",  # type: ignore[assignment]
@@ -40,10 +57,10 @@ def task_vector(
     """
     import surgery
 
-    target = Target(out, max_shard_size, threads, overwrite, json)
+    target = Target(out, max_shard_size, threads, overwrite, json, fresh, checksums, sign_key)
     vector = surgery.task_vector(
-        surgery.open_checkpoint(base, headers_only=dry_run),
-        surgery.open_checkpoint(tuned, headers_only=dry_run),
+        open_model(base, anatomy, headers_only=dry_run),
+        open_model(tuned, anatomy, headers_only=dry_run),
         dtype=dtype.value,
     )
     if dry_run:

@@ -6,13 +6,16 @@ from typing import Annotated
 
 import typer
 
+from .opening import open_model
 from .options import (
     MODEL,
+    AnatomyFile,
     AsJson,
     Device,
     DeviceOption,
     Logits,
     Report,
+    Text,
     Threads,
     VerifyDtype,
     VerifyDtypeOption,
@@ -27,6 +30,8 @@ def verify(
     logits: Logits = True,
     device: DeviceOption = Device.auto,
     verify_dtype: VerifyDtypeOption = VerifyDtype.float32,
+    text: Text = None,
+    anatomy: AnatomyFile = None,
     report: Report = None,
     json: AsJson = False,
     threads: Threads = None,
@@ -35,12 +40,11 @@ def verify(
 
     If OTHER was grown or expanded from BASE, its weights have to pass the certificate and its
     logits have to agree (exit code 6 otherwise). Of two other models the logits are compared and
-    reported.
+    reported. The models run on random tokens, images or sounds, as they take them, or on a text.
     """
-    import surgery
     from surgery.verification import find_relation
 
-    first, second = surgery.open_checkpoint(base), surgery.open_checkpoint(other)
+    first, second = open_model(base, anatomy), open_model(other, anatomy)
     verification = prove(
         first,
         second,
@@ -48,6 +52,7 @@ def verify(
         logits=logits,
         device=device.value,
         dtype=verify_dtype.value,
+        text=text,
         threads=threads,
     )
     if report is not None:

@@ -25,6 +25,15 @@ class Target:
     threads: int | None
     overwrite: bool
     json: bool
+    fresh: bool = False
+    checksums: bool = False
+    sign_key: Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.sign_key is not None:  # before hours of work
+            from surgery.integrity.signing import require_signing_key
+
+            require_signing_key(self.sign_key)
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class Proof:
     logits: bool
     device: str
     dtype: Literal["float32", "float64"]
+    text: Path | None = None
 
 
 def dry_run(edited: Weights, target: Target, proof: Proof | None = None) -> None:
@@ -72,8 +82,10 @@ def write_edited(
     """`surgery.write`, with progress and the command for the record; with --json the record is
     printed."""
     import surgery
+    from surgery.integrity.seal import bytes_to_hash
 
-    with progress("writing", edited.nbytes) as advance:
+    total = edited.nbytes + (bytes_to_hash(edited) if target.checksums else 0)
+    with progress("writing", total) as advance:
         written = surgery.write(
             edited,
             target.out,
@@ -84,6 +96,10 @@ def write_edited(
             check=check,
             verification=verification,
             command=command_line(),
+            resume=not target.fresh,
+            tell=note,
+            checksums=target.checksums,
+            sign_key=target.sign_key,
         )
     for text in edited.notes:
         note(f"note: {text}")
@@ -100,25 +116,30 @@ def write_proven(
     if not proof.verify:
         return write_edited(edited, target)
     import surgery
+    from surgery.writing.locks import locked
     from surgery.writing.write import check_space, prepare
 
     prepare(edited, target.out.absolute(), overwrite=target.overwrite)
     check_space(surgery.plan(edited), target.out.absolute())
-    verification = prove(
-        base,
-        edited,
-        relation,
-        logits=proof.logits,
-        device=proof.device,
-        dtype=proof.dtype,
-        threads=target.threads,
-    )
-    if not target.json:
-        print_verification(verification)
-    verification.require()
+    with locked(target.out.absolute()):  # the proof can take hours: another run is refused now
+        verification = prove(
+            base,
+            edited,
+            relation,
+            logits=proof.logits,
+            device=proof.device,
+            dtype=proof.dtype,
+            text=proof.text,
+            threads=target.threads,
+        )
+        if not target.json:
+            print_verification(verification)
+        verification.require()
 
-    def certify_staged(staged: Checkpoint) -> None:
-        certificate = surgery.certify(base, staged, relation, threads=target.threads)
-        surgery.Verification(certificate, None).require()
+        def certify_staged(staged: Checkpoint) -> None:
+            certificate = surgery.certify(base, staged, relation, threads=target.threads)
+            surgery.Verification(certificate, None).require()
 
-    return write_edited(edited, target, check=certify_staged, verification=verification.as_json())
+        return write_edited(
+            edited, target, check=certify_staged, verification=verification.as_json()
+        )

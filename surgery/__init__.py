@@ -19,6 +19,7 @@ from surgery.errors import (
     UnsupportedError,
     VerificationError,
 )
+from surgery.integrity.check import check
 from surgery.lora.adapter import Adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
 from surgery.lora.extract import extract_lora
@@ -35,7 +36,7 @@ from surgery.operations.task_vectors import apply, task_vector
 from surgery.task_vector import TaskVector, open_task_vector
 from surgery.tensor import LazyTensor
 from surgery.verification import Verification, certify, find_growths, verify
-from surgery.writing import Plan, Written, plan, write
+from surgery.writing import Part, PartWritten, Plan, Written, plan, write, write_part
 
 __all__ = [
     "Adapter",
@@ -49,6 +50,8 @@ __all__ = [
     "MismatchError",
     "NotFoundError",
     "OutputError",
+    "Part",
+    "PartWritten",
     "Plan",
     "RecipeError",
     "SurgeryError",
@@ -61,6 +64,7 @@ __all__ = [
     "apply",
     "apply_adapter",
     "certify",
+    "check",
     "compose",
     "dequantize",
     "diff",
@@ -78,4 +82,5 @@ __all__ = [
     "task_vector",
     "verify",
     "write",
+    "write_part",
 ]

@@ -13,12 +13,16 @@ from typing import Any, ClassVar
 from surgery.anatomy import Anatomy, Corrections, infer, settled_config
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.quantization.fp8 import Layout, find_layout
 from surgery.quantization.schemes import Quantization, find_quantization
+from surgery.system import naming
 from surgery.tensor import LazyTensor
 
 CONFIG = "config.json"
 RECORD = "surgery.json"
 CARD = "README.md"
+CHECKSUMS = "SHA256SUMS"
+SIGNATURE = "model.sig"
 FINGERPRINT_ELEMENTS = 2048
 
 
@@ -115,12 +119,14 @@ class Checkpoint(Weights):
         the input had none and none was made."""
         given = self.source.path / CONFIG
         if given.is_file():
-            raw = given.read_bytes()
+            with naming(given):
+                raw = given.read_bytes()
             if json.dumps(json.loads(raw)) == json.dumps(self.config):  # 1 isn't true or 1.0
                 return {CONFIG: raw}
         elif not self.config:
             return {}
-        return {CONFIG: (json.dumps(self.config, indent=2, ensure_ascii=False) + "\n").encode()}
+        text = json.dumps(self.config, indent=2, ensure_ascii=False) + "\n"
+        return {CONFIG: text.encode("utf-8", "backslashreplace")}  # half a surrogate pair: escaped
 
     @cached_property
     def fingerprint(self) -> str:
@@ -137,8 +143,12 @@ class Checkpoint(Weights):
     @cached_property
     def anatomy(self) -> Anatomy:
         """What each tensor is, inferred from names, shapes and the config,
-        and corrected."""
-        return infer(self.tensors, self.config, self.corrections)
+        and corrected. The scales of 8-bit floats are what their weights are."""
+        if self.scales is None:
+            return infer(self.tensors, self.config, self.corrections)
+        weight_of = self.scales.weight_of
+        weights = {name: tensor for name, tensor in self.items() if name not in weight_of}
+        return infer(weights, self.config, self.corrections).with_owned(weight_of)
 
     @property
     def settled_config(self) -> dict[str, Any]:
@@ -149,6 +159,12 @@ class Checkpoint(Weights):
     def quantization(self) -> Quantization | None:
         """How the weights are packed, if they are: arithmetic on them would be nonsense."""
         return find_quantization(self.tensors, self.config)
+
+    @cached_property
+    def scales(self) -> Layout | None:
+        """Which tensors scale which, where weights are 8-bit floats with scales."""
+        found = self.quantization
+        return find_layout(self.tensors, self.config) if found and found.scaled else None
 
     def edited(
         self,

@@ -7,19 +7,24 @@ without gap or overlap. https://github.com/huggingface/safetensors
 
 from __future__ import annotations
 
-import json
+import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from surgery.dtypes import DTYPES, DType
-from surgery.errors import FormatError, InputError, NotFoundError
+from surgery.errors import FormatError, InputError
+from surgery.files import Stamp
+from surgery.untrusted import brief, open_regular, parse_json
 
 LENGTH_BYTES = 8
 LONGEST = 100_000_000  # bytes of JSON: the limit of the reference reader
+LONGEST_NAME = 1_000
+MOST_AXES = 64
+"""What numpy knows; the product of a million sides takes hours."""
 
 
 @dataclass(frozen=True)
@@ -34,16 +39,17 @@ class Entry:
 
 @dataclass(frozen=True)
 class Header:
-    """What a file says it holds, in the order of its bytes."""
+    """What a file says it holds, in the order of its bytes. `stamp` is the file's own."""
 
     entries: Mapping[str, Entry]
     metadata: Mapping[str, str]
+    stamp: Stamp | None = field(default=None, compare=False)
 
 
 def read_header(path: Path) -> Header:
     """The checked header of the file at `path`. Raises FormatError with all that is wrong."""
-    try:
-        with path.open("rb") as file:
+    with os.fdopen(open_regular(path), "rb") as file:
+        try:
             size = file.seek(0, 2)
             file.seek(0)
             length = int.from_bytes(file.read(LENGTH_BYTES), "little")
@@ -53,11 +59,10 @@ def read_header(path: Path) -> Header:
                     f"and asks for a header of {length:,}"
                 )
             raw = file.read(length)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from error
-    return parse_header(raw, size, str(path))
+            stamp = Stamp.of(file.fileno())
+        except OSError as error:
+            raise InputError(f"{path} can't be read: {error.strerror}") from error
+    return replace(parse_header(raw, size, str(path)), stamp=stamp)
 
 
 def parse_header(raw: bytes, size: int, where: str) -> Header:
@@ -98,16 +103,20 @@ def parse_header(raw: bytes, size: int, where: str) -> Header:
 
 def _entry(name: str, value: Any, data: int) -> Entry | str:
     """The entry, or what is wrong with it."""
-    if any("\ud800" <= character <= "\udfff" for character in name):
-        return f"{name!r} is a name that no encoding can write"
+    if not name.isascii() and any("\ud800" <= character <= "\udfff" for character in name):
+        return f"{brief(name)} is a name that no encoding can write"
+    if len(name) > LONGEST_NAME:
+        return f"{brief(name)} is a name of {len(name):,} characters"
     if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
         return f"{name} has no dtype, shape and data_offsets"
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
-        return f"{name} has the type {value['dtype']!r}, which safetensors doesn't know"
+        return f"{name} has the type {brief(value['dtype'])}, which safetensors doesn't know"
     shape, offsets = value["shape"], value["data_offsets"]
     if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
-        return f"{name} has shape {shape!r} and data_offsets {offsets!r}"
+        return f"{name} has shape {brief(shape)} and data_offsets {brief(offsets)}"
+    if len(shape) > MOST_AXES:
+        return f"{name} has {len(shape):,} axes, and {MOST_AXES} are the most"
     bits = prod(shape) * dtype.bits
     if bits % 8:
         return f"{name} is {dtype} {shape}, which takes {bits:,} bits: no whole number of bytes"
@@ -131,13 +140,14 @@ def _json(raw: bytes, where: str) -> dict[str, Any]:
         if len(table) != len(pairs):
             counts = Counter(key for key, _ in pairs)
             twice = sorted(key for key, count in counts.items() if count > 1)[:5]
-            raise FormatError(f"{where}: the header names {', '.join(twice)} twice")
+            raise FormatError(f"{where}: the header names {', '.join(map(_unquoted, twice))} twice")
         return table
 
-    try:
-        table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{where}: the header isn't JSON ({error})") from error
+    table = parse_json(raw, f"{where}: the header", object_pairs_hook=unique)
     if not isinstance(table, dict):
         raise FormatError(f"{where}: the header isn't a table")
     return table
+
+
+def _unquoted(name: str) -> str:
+    return brief(name)[1:-1]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import errno
 import glob
-import json
 import os
 import re
 from collections.abc import Collection, Iterable, Mapping
@@ -20,6 +19,7 @@ from typing import Any
 
 from surgery.errors import FormatError, NotFoundError, OutputError, SurgeryError, UnsupportedError
 from surgery.header import LENGTH_BYTES, LONGEST
+from surgery.untrusted import parse_table, read_small
 
 SINGLE = "model.safetensors"
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -266,9 +266,9 @@ def _shards(repo: _Repo, folder: Path, weights: list[str], names: Collection[str
         return weights
     where = f"{repo.reference}: {weights[0]}"
     try:
-        index = json.loads((folder / weights[0]).read_text(encoding="utf-8"))
+        index = parse_table(read_small(folder / weights[0]), where)
         shards = set(index["weight_map"].values())
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (FormatError, KeyError, TypeError, AttributeError) as error:
         raise FormatError(f"{where} has no weight_map of tensor -> file") from error
     # `names` are the repository's own files: a shard among them can't point outside of it.
     strange = sorted(str(name) for name in shards if name not in names or "/" in name)

@@ -8,6 +8,7 @@ from pathlib import Path
 from surgery import opening
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NotFoundError
+from surgery.integrity.holes import refuse_holes
 from surgery.lora.adapter import is_adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
 from surgery.task_vector import TaskVector, open_task_vector
@@ -22,9 +23,11 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     adapter also MismatchError and UnsupportedError.
     """
     model, *adapters = split_reference(str(reference))
+    given = model if adapters else reference
+    base = opening.open_checkpoint(given, headers_only=headers_only)
+    refuse_holes(base.values())
     if not adapters:
-        return opening.open_checkpoint(reference, headers_only=headers_only)
-    base = opening.open_checkpoint(model, headers_only=headers_only)
+        return base
     opened = [open_adapter(adapter, headers_only=headers_only) for adapter in adapters]
     return apply_adapter(base, *opened)
 

@@ -3,20 +3,23 @@ byte of a tensor is read."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from surgery.checkpoint import CONFIG, RECORD, Checkpoint
+from surgery.anatomy import Corrections
+from surgery.anatomy.stored import KEY, from_data
+from surgery.checkpoint import CHECKSUMS, CONFIG, RECORD, SIGNATURE, Checkpoint
 from surgery.errors import FormatError, InputError, NotFoundError
 from surgery.files import InputFile
 from surgery.header import Header, parse_header, read_header
 from surgery.hub import Source, resolve
+from surgery.system import reading
 from surgery.tensor import FileSpan, LazyTensor
+from surgery.untrusted import brief, parse_table, read_small
 
 INDEX_SUFFIX = ".safetensors.index.json"
 TASK_VECTOR = "task_vector.json"
@@ -43,8 +46,15 @@ OTHER_WEIGHTS = [
 ]
 OTHER_FOLDERS = re.compile(r"onnx|openvino|coreml|original|global_step\d*|__pycache__")
 """Folders of other formats and of trainers: what is in them belongs to the weights as they were."""
+OF_THESE_BYTES = (CONFIG, RECORD, CHECKSUMS, SIGNATURE)
+"""Files that are made anew, or not at all: what they say is true of the files as they were."""
 MOST_SHARDS = 10_000
 """A name that claims more is no count to trust."""
+MOST_TENSORS = 350_000
+"""More than the largest mixtures have (some 210,000), and few enough to hold in a gigabyte."""
+MOST_COMPANIONS = 100_000
+DEEPEST_FOLDER = 50
+LONGEST_FILE_NAME = 255
 
 
 def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Checkpoint:
@@ -53,6 +63,11 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     With `headers_only` nothing but headers and small files is fetched from the Hub, and reading
     a tensor fails. Raises NotFoundError, or FormatError with everything that is wrong.
     """
+    with reading(reference):
+        return _open(reference, headers_only)
+
+
+def _open(reference: str | Path, headers_only: bool) -> Checkpoint:
     source = resolve(reference, headers_only=headers_only)
     if source.path.is_file():
         headers = {source.path.name: read_header(source.path)}
@@ -65,14 +80,34 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     files, index, notes = _weight_files(source)
     tensors, source, more = _open_files(source, files, index)
     companions, left_behind = _companions(source, files)
+    corrections, told = _corrections(source)
     return Checkpoint(
         tensors=tensors,
         config=read_json(source.path / CONFIG, missing={}),
         source=source,
         companions=companions,
-        notes=(*notes, *more),
+        notes=(*notes, *more, *told),
         left_behind=tuple(left_behind),
+        corrections=corrections,
     )
+
+
+def _corrections(source: Source) -> tuple[Corrections, list[str]]:
+    """What a user said of the anatomy before an earlier edit, from the record, and a note."""
+    path = source.path / RECORD
+    try:
+        record = read_json(path, missing={})
+    except InputError:
+        return Corrections(), []  # it isn't ours
+    if KEY not in record:
+        return Corrections(), []
+    try:
+        found = from_data(record[KEY])
+    except (ValueError, TypeError) as error:
+        return Corrections(), [
+            f"{path}: what it says of the anatomy can't be meant, and isn't taken: {error}"
+        ]
+    return found, [f"{source.reference}: its anatomy is corrected as {RECORD} beside it says"]
 
 
 def open_tensors(source: Source, stem: str) -> tuple[dict[str, LazyTensor], Source]:
@@ -100,7 +135,7 @@ def _open_files(
 def _tensors(headers: Mapping[str, Header], folder: Path) -> dict[str, LazyTensor]:
     tensors = {}
     for file, header in headers.items():
-        shard = InputFile(folder / file)
+        shard = InputFile(folder / file, header.stamp)
         for name, entry in header.entries.items():
             span = FileSpan(shard, entry.start, entry.stop - entry.start)
             tensors[name] = LazyTensor(entry.shape, entry.dtype, leaf=span)
@@ -171,15 +206,21 @@ def _files_of_index(index: Mapping[str, Any], path: Path) -> list[str]:
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise FormatError(f"{path} has no weight_map")
-    strange = [value for value in weight_map.values() if not isinstance(value, str)]
     named = {value for value in weight_map.values() if isinstance(value, str)}
-    strange += [n for n in sorted(named) if n != PurePosixPath(n).name or "\\" in n or "\0" in n]
-    strange += [n for n in sorted(named) if n in ("", "..")]
+    strange = [brief(value) for value in weight_map.values() if not isinstance(value, str)]
+    strange += [brief(name) for name in sorted(named) if not _is_plain_name(name)]
     FormatError.raise_if(
-        f"{path}: weight_map names {name!r}, which isn't the plain name of a file beside it"
-        for name in dict.fromkeys(map(str, strange))
+        f"{path}: weight_map names {name}, which isn't the plain name of a file beside it"
+        for name in dict.fromkeys(strange)
     )
     return sorted(named)
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether it is the name of a file in the same folder, on any system."""
+    long = len(name.encode("utf-8", "surrogatepass")) > LONGEST_FILE_NAME
+    plain = name == PurePosixPath(name).name and "\\" not in name and name not in ("", "..")
+    return plain and name.isprintable() and not long
 
 
 def _headers(source: Source, files: list[str]) -> tuple[dict[str, Header], dict[str, int]]:
@@ -201,6 +242,8 @@ def _headers(source: Source, files: list[str]) -> tuple[dict[str, Header], dict[
             problems.append(f"{path}: the index names this shard, and it isn't there; fetch it")
         except InputError as error:
             problems.extend(error.problems)
+        if (count := sum(len(header.entries) for header in headers.values())) > MOST_TENSORS:
+            raise FormatError(f"{source.path} has more than {count:,} tensors: no model has")
     FormatError.raise_if(problems)
     return headers, sizes
 
@@ -258,41 +301,61 @@ def _companions(source: Source, files: list[str]) -> tuple[dict[str, Path | byte
     """The other files that travel, by relative path, and those that don't."""
     companions: dict[str, Path | bytes] = {}
     left_behind: list[str] = []
-    for folder, folders, names in os.walk(source.path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(folder).relative_to(source.path)
-        for name in sorted(names):
-            path = Path(folder) / name
-            key = (relative / name).as_posix()
-            if name.startswith(".") or (folder == str(source.path) and name in files):
-                continue
-            if key in (CONFIG, RECORD) or name.endswith(INDEX_SUFFIX):
-                continue
-            other_format = path.suffix in OTHER_WEIGHTS or ".bin.index.json" in name
-            if other_format or any(map(OTHER_FOLDERS.fullmatch, relative.parts)):
-                left_behind.append(key)
-                continue
-            _stays_inside(path, source.path)
-            if path.is_file():
-                companions[key] = path
-            elif path.is_symlink():
-                raise NotFoundError(f"{path} is a link to {path.readlink()}, which isn't there")
+    for relative, entry in _walk(source.path):
+        path, name, key = Path(entry.path), entry.name, str(relative / entry.name)
+        if (not relative.parts and name in files) or key in OF_THESE_BYTES:
+            continue
+        if name.endswith(INDEX_SUFFIX):
+            continue
+        other_format = path.suffix in OTHER_WEIGHTS or ".bin.index.json" in name
+        if other_format or any(map(OTHER_FOLDERS.fullmatch, relative.parts)):
+            left_behind.append(key)
+            continue
+        if len(companions) == MOST_COMPANIONS:
+            raise FormatError(
+                f"{source.path} has more than {MOST_COMPANIONS:,} files: no model has"
+            )
+        _stays_inside(path, source.path)
+        if path.is_file():
+            companions[key] = path
+        elif path.is_symlink() and not path.is_dir():
+            raise NotFoundError(f"{path} is a link to {path.readlink()}, which isn't there")
+        else:  # a pipe, a socket, a device, a link to a folder
+            left_behind.append(key)
     return companions, left_behind
+
+
+def _walk(root: Path) -> Iterator[tuple[PurePosixPath, os.DirEntry[str]]]:
+    """Everything below `root` that is no folder and not hidden, with the folder it is in, level by
+    level. Links aren't followed."""
+    level = [PurePosixPath()]
+    for _ in range(DEEPEST_FOLDER):
+        below = []
+        for relative in level:
+            try:
+                with os.scandir(root / relative) as entries:
+                    listed = sorted(entries, key=lambda entry: entry.name)
+            except OSError as error:
+                raise InputError(f"{root / relative} can't be read: {error.strerror}") from error
+            for entry in listed:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(relative / entry.name)
+                else:
+                    yield relative, entry
+        if not below:
+            return
+        level = below
+    raise FormatError(f"{root} has folders that are nested more than {DEEPEST_FOLDER} deep")
 
 
 def read_json(path: Path, missing: dict[str, Any] | None = None) -> dict[str, Any]:
     """The JSON table in a file; `missing`, if given, where there is no file."""
     _stays_inside(path, path.parent)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return parse_table(read_small(path), str(path))
+    except NotFoundError:
         if missing is not None:
             return missing
-        raise NotFoundError(f"{path}: no such file") from error
-    except OSError as error:
-        raise InputError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{path} isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{path} isn't a JSON table")
-    return value
+        raise

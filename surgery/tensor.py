@@ -9,7 +9,7 @@ and what can be copied from file to file are read off it.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from surgery.dtypes import DType
 from surgery.errors import UnsupportedError
-from surgery.files import InputFile, as_bytes
+from surgery.files import PAGE, InputFile, as_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +60,12 @@ class FileSpan:
             )
         out = torch.empty(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
         if out.numel():
-            self.file.read_into(as_bytes(out), self.offset + start * row_bits // 8)
+            data, offset = as_bytes(out), self.offset + start * row_bits // 8
+            self.file.read_into(data, offset)
+            if len(data) >= PAGE:
+                from surgery.pages import require_filled
+
+                require_filled(data, offset, self, tensor)
         return out
 
 
@@ -81,9 +86,9 @@ class LazyTensor:
     threshold, norms): a streaming pass over the inputs, made once, before the first row; the
     kernel gets its result as the argument `measured`.
 
-    `tally` goes with a row-wise kernel: a number made of the same rows of the inputs, which the
-    writer adds up over the tensor as it passes (||tau||^2, say), so that a statistic which only
-    reports needs no pass of its own.
+    `tally` goes with a row-wise kernel: it makes what the kernel makes, and with it a number of
+    these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
+    statistic which only reports needs no pass of its own.
 
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.
@@ -96,7 +101,7 @@ class LazyTensor:
     runs: Runs | None = None
     kernel: Callable[..., torch.Tensor] | None = None
     rowwise: bool = True
-    tally: Callable[..., float] | None = None
+    tally: Callable[..., tuple[torch.Tensor, float]] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
     exact: LazyTensor | None = None
     _measuring: Lock = field(default_factory=Lock, repr=False)
@@ -219,6 +224,27 @@ class LazyTensor:
         if len(pieces) == 1:
             return pieces[0]
         return torch.cat(pieces) if pieces else self.inputs[0].read(0, 0)
+
+
+def input_files(tensors: Iterable[LazyTensor]) -> list[InputFile]:
+    """The files that `tensors` are made of, each once."""
+    files: dict[int, InputFile] = {}
+    seen: set[int] = set()
+    left = list(tensors)
+    while left:
+        tensor = left.pop()
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        left += tensor.inputs
+        if tensor.exact is not None:
+            left.append(tensor.exact)
+        if isinstance(tensor.leaf, FileSpan):
+            files[id(tensor.leaf.file)] = tensor.leaf.file
+        elif tensor.leaf is not None:  # one that is made of others: an adapter's, scales
+            parts = getattr(tensor.leaf, "__dict__", {}).values()
+            left += [part for part in parts if isinstance(part, LazyTensor)]
+    return list(files.values())
 
 
 def gather(inputs: tuple[LazyTensor, ...], runs: Runs, shape: tuple[int, ...]) -> LazyTensor:

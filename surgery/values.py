@@ -68,8 +68,8 @@ class _Held:
 
 @dataclass(frozen=True)
 class _Noise:
-    """The counter-based generator Philox (Salmon et al. 2011): any position without the ones
-    before it. A step of its counter gives four 64-bit words, and an element takes one word."""
+    """The generator PCG64 (O'Neill 2014, its DXSM variant), which can be moved to any position
+    without the ones before it. A step gives 64 bits, and an element takes half of them."""
 
     key: int
 
@@ -78,8 +78,11 @@ class _Noise:
         import torch
 
         first, last = start * tensor.width, stop * tensor.width
-        generator = numpy.random.Philox(key=self.key)
-        generator.advance(first // 4)
-        words = generator.random_raw(last - first + first % 4)[first % 4 :]
-        values = (words >> numpy.uint64(40)).astype(numpy.float32) * numpy.float32(2**-23) - 1
-        return torch.from_numpy(values.astype(numpy.float32)).reshape(tensor.shape_of(stop - start))
+        generator = numpy.random.PCG64DXSM(self.key)
+        generator.advance(first // 2)
+        words = generator.random_raw((last + 1) // 2 - first // 2).astype("<u8", copy=False)
+        halves = words.view("<u4")[first % 2 :][: last - first]
+        values = (halves >> numpy.uint32(8)).astype(numpy.float32)  # 24 bits: exact
+        values *= numpy.float32(2**-23)
+        values -= numpy.float32(1)
+        return torch.from_numpy(values).reshape(tensor.shape_of(stop - start))

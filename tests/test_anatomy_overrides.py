@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import save_raw
 from families import EVERY, build
+from mixtures import EVERY_MIXTURE, build_mixture
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -29,8 +30,10 @@ from surgery import (
     open_checkpoint,
     write,
 )
-from surgery.anatomy import Role
-from surgery.recipe import anatomy_yaml, correct_anatomy
+from surgery.anatomy import Corrections, Role
+from surgery.anatomy.stored import as_data
+from surgery.recipe import anatomy_yaml, correct_anatomy, load_recipe
+from surgery.recipe.chain import open_inputs
 
 Make = Callable[..., Path]
 HIDDEN, WIDTH, SMALL = 8, 24, 6
@@ -151,6 +154,8 @@ def test_a_stack_of_one_and_the_scale_of_lines(tmp_path: Path):
         correct_anatomy(base, path), correct_anatomy(tuned, path), alpha=0.25, outside="depth"
     )
     assert plain.anatomy.stacks == {}
+    assert "no blocks were recognised, so that every tensor has the factor 0.25" in plain.notes[0]
+    assert not any("no blocks" in note for note in right.notes)
     assert right.anatomy.stacks == {"cells": 1}
     assert right.anatomy.places["cells.0.attn.q_proj.weight"].role is Role.ATTENTION
     name = "cells.0.ffn.up.weight"
@@ -187,14 +192,13 @@ mlps:
     assert roles == [Role.ATTENTION, Role.ATTENTION, Role.UNKNOWN, Role.UNKNOWN]
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, *EVERY_MIXTURE])
 def test_what_is_printed_reads_back(name: str, tmp_path: Path):
-    given = open_checkpoint(build(name))
+    given = open_checkpoint(build(name) if name in EVERY else build_mixture(name))
     read = correct_anatomy(given, file(tmp_path, anatomy_yaml(given.anatomy)))
-    for part in ("places", "stacks", "mlps", "no_growth", "embedding", "head", "tied"):
-        assert getattr(read.anatomy, part) == getattr(given.anatomy, part), part
+    assert read.anatomy == given.anatomy
     assert read.corrections.stacks
-    assert read.corrections.mlps
+    assert bool(read.corrections.mlps) == bool(given.anatomy.mlps)
 
 
 # What can't be meant
@@ -289,16 +293,181 @@ def test_every_verb_takes_the_file(tmp_path: Path):
         "lines": ("lines", base, tuned, "--alpha", 0.5, "-o", out / "lines"),
         "merge": ("merge", base, tuned, "--method", "ties", "-o", out / "merge"),
         "diff": ("diff", base, tuned),
+        "task-vector": ("task-vector", base, tuned, "-o", out / "vector"),
+        "apply": ("apply", base, out / "vector", "-o", out / "applied"),
+        "lora": ("lora", base, tuned, "--rank", 2, "-o", out / "lora"),
+        "verify": ("verify", base, out / "grown", "--no-logits"),
         "grow": ("grow", base, "--uniform", "--no-logits", "-o", out / "grow"),
     }
+    write(grow(correct_anatomy(open_checkpoint(base), path), uniform=True), out / "grown")
+    (out / "grown/surgery.json").unlink()
     for verb, args in runs.items():
         result = surgery(*args, *with_it)
         assert result.exit_code == 0, (verb, result.output)
+        if verb == "verify":
+            assert "certificate" in result.stdout
     assert load_file(out / "grow/model.safetensors")["net.0.left.weight"].shape == (48, 8)
     record = json.loads((out / "grow/surgery.json").read_text())
     assert f"its anatomy was corrected by {path}" in record["notes"][0]
     wrong = surgery("expand", base, "--copies", 1, "-o", out / "x", "--anatomy", tmp_path / "no")
     assert wrong.exit_code == 3
+
+
+def test_what_was_said_goes_with_the_result(tmp_path: Path):
+    """It lies in the record, and is taken from there when the result is opened."""
+    base = odd_model(tmp_path / "base")
+    given = correct_anatomy(open_checkpoint(base), file(tmp_path, RIGHT))
+    write(grow(given, factor=2, uniform=True), tmp_path / "out")
+    again = open_checkpoint(tmp_path / "out")
+    assert again.corrections == given.corrections
+    assert again.anatomy.mlps["net", 1].width == 2 * WIDTH
+    assert again.notes == (
+        f"{tmp_path / 'out'}: its anatomy is corrected as surgery.json beside it says",
+    )
+    assert grow(again, factor=2).anatomy.mlps["net", 1].width == 4 * WIDTH
+    assert "anatomy" not in json.loads(written_plainly(base, tmp_path / "plain"))
+    # what is given now comes first
+    other = file(tmp_path, "stacks: {net: 2}")
+    assert correct_anatomy(again, other).corrections.roles == ()
+    assert correct_anatomy(again, other).notes == (
+        f"{tmp_path / 'out'}: its anatomy was corrected by {other}",
+    )
+
+
+def written_plainly(model: Path, target: Path) -> str:
+    """The record of a model that nobody corrected."""
+    write(merge([open_checkpoint(model)], method="passthrough"), target)
+    return (target / "surgery.json").read_text()
+
+
+STORED: dict[str, Any] = {
+    "stacks": ["net"],
+    "roles": [["*.side.*", "unknown"]],
+    "mlps": [
+        {
+            "stack": "net",
+            "ups": ["left.weight"],
+            "down": "back.weight",
+            "parts": 1,
+            "in_out": False,
+            "interleaved": False,
+            "blocks": [0],
+        }
+    ],
+}
+
+
+def test_what_is_stored_is_read(tmp_path: Path):
+    model = odd_model(tmp_path / "m")
+    (model / "surgery.json").write_text(json.dumps({"anatomy": STORED}))
+    given = open_checkpoint(model)
+    assert as_data(given.corrections) == STORED
+    assert given.anatomy.mlps["net", 0].width == WIDTH
+
+
+MLP_ENTRY = STORED["mlps"][0]
+
+
+@pytest.mark.parametrize(
+    "spoilt",
+    [
+        *(["stacks"], {}, None, "all"),
+        {**STORED, "more": 1},
+        {**STORED, "stacks": [1]},
+        {**STORED, "stacks": ["x" * 501]},
+        {**STORED, "stacks": ["x"] * 20_001},
+        {**STORED, "roles": [["a", "nothing"]]},
+        {**STORED, "roles": [["a", "norm", "b"]]},
+        {**STORED, "roles": {"a": "norm"}},
+        {**STORED, "mlps": [{**MLP_ENTRY, "parts": True}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "parts": 3}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "ups": []}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "ups": ["a", "b"], "parts": 2}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "in_out": 1}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "interleaved": True}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "blocks": [-1]}]},
+        {**STORED, "mlps": [{**MLP_ENTRY, "down": None}]},
+        {**STORED, "mlps": [{"stack": "net"}]},
+    ],
+)
+def test_what_strangers_store_is_not_believed(spoilt: Any, tmp_path: Path):
+    model = odd_model(tmp_path / "m")
+    (model / "surgery.json").write_text(json.dumps({"anatomy": spoilt}))
+    given = open_checkpoint(model)
+    assert given.corrections == Corrections()
+    assert "surgery.json: what it says of the anatomy can't be meant, and isn't" in given.notes[0]
+
+
+def test_stored_corrections_that_fit_nothing_do_nothing(tmp_path: Path):
+    model = odd_model(tmp_path / "m")
+    plain = open_checkpoint(model).anatomy
+    wrong = {**MLP_ENTRY, "down": "mix.q_proj.weight"}
+    stored = {"stacks": ["nett"], "roles": [["*.nowhere.*", "norm"]], "mlps": [wrong]}
+    (model / "surgery.json").write_text(json.dumps({"anatomy": stored}))
+    assert open_checkpoint(model).anatomy == plain
+    for broken in ("{", "[]", "{}", '{"edits": 1}'):
+        (model / "surgery.json").write_text(broken)
+        assert open_checkpoint(model).notes == ()
+
+
+# Recipes
+
+
+def recipe(tmp_path: Path, anatomy: str) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(
+        f"inputs: {{base: {tmp_path / 'base'}, tuned: {tmp_path / 'tuned'}}}\n{anatomy}\n"
+        "steps:\n"
+        "  merged: {merge: {models: [tuned], base: base, method: task_arithmetic, weight: 0.5}}\n"
+        "  wide: {grow: {model: merged, uniform: true}}\n"
+    )
+    return path
+
+
+INLINE = "{mlps: [{stack: net, ups: [left.weight, right.weight], down: back.weight}]}"
+
+
+@pytest.mark.parametrize("way", ["a file", "here", "by input", "an option"])
+def test_recipes_have_it_for_all_steps(way: str, tmp_path: Path):
+    for seed, name in enumerate(("base", "tuned")):
+        odd_model(tmp_path / name, seed)
+    written = file(tmp_path, RIGHT)
+    given = {
+        "a file": f"anatomy: {written}",
+        "here": f"anatomy: {INLINE}",
+        "by input": f"anatomy: {{base: {written}, tuned: {INLINE}}}",
+        "an option": "",
+    }[way]
+    option = ("--anatomy", written) if way == "an option" else ()
+    out = tmp_path / "out"
+    result = surgery("run", recipe(tmp_path, given), "-o", out, "--no-logits", *option)
+    assert result.exit_code == 0, result.output
+    assert load_file(out / "model.safetensors")["net.1.left.weight"].shape == (2 * WIDTH, HIDDEN)
+    assert open_checkpoint(out).corrections.mlps
+    assert surgery("run", recipe(tmp_path, ""), "-o", tmp_path / "x").exit_code != 0
+
+
+def test_what_a_recipe_says_wrongly(tmp_path: Path):
+    for seed, name in enumerate(("base", "tuned")):
+        odd_model(tmp_path / name, seed)
+
+    def said(anatomy: str) -> str:
+        with pytest.raises(RecipeError) as caught:
+            open_inputs(load_recipe(recipe(tmp_path, f"anatomy: {anatomy}")))
+        return str(caught.value)
+
+    path = tmp_path / "recipe.yaml"
+    assert f"{path}:2: anatomy.basee: there is no input 'basee': did you mean base?" in said(
+        "{basee: {}}"
+    )
+    assert f"{path}:2: anatomy: this is a file, or a table" in said("3")
+    assert f"{path}:2: anatomy.tuned: this is a file, or a table with stacks" in said("{tuned: []}")
+    assert f"{path}:2: anatomy.base.roles.wte: there is no tensor" in said(
+        "{base: {roles: {wte: head}}}"
+    )
+    assert f"{path}:2: anatomy.mlps[0]: there is no net.0.nothing" in said(
+        "{mlps: [{stack: net, ups: [nothing], down: back.weight}]}"
+    )
 
 
 def test_inspect_prints_what_to_start_from(make_model: Make, tmp_path: Path):

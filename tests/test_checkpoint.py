@@ -166,14 +166,16 @@ def test_an_index_whose_values_are_no_names(two: Path, name: Any) -> None:
     write_index(two, {"a": FIRST, "b": name, "c": "../x"})
     named = f"{two / INDEX}: weight_map names "
     said = ", which isn't the plain name of a file beside it"
-    assert problems(two) == (f"{named}{str(name)!r}{said}", f"{named}'../x'{said}")
+    assert problems(two) == (f"{named}{name!r}{said}", f"{named}'../x'{said}")
 
 
-@pytest.mark.parametrize("name", [[FIRST], {"file": FIRST}])
-def test_an_index_whose_values_are_tables(two: Path, name: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "said"), [([FIRST], f"[{FIRST!r}]"), ({"file": FIRST}, "a table of 1")]
+)
+def test_an_index_whose_values_are_tables(two: Path, name: Any, said: str) -> None:
     write_index(two, {"a": FIRST, "b": name})
     (problem,) = problems(two)
-    assert problem.startswith(f"{two / INDEX}: weight_map names {str(name)!r}, which isn't")
+    assert problem.startswith(f"{two / INDEX}: weight_map names {said}, which isn't")
 
 
 @pytest.mark.parametrize(

@@ -273,6 +273,48 @@ def test_blocks_of_compressed_tensors(tmp_path: Path):
     assert same(made["a.weight"].whole(), by_formula(values, scales, (16, 16)))
 
 
+@pytest.mark.parametrize("way", ["transformers", "modelopt", "modelopt, nested"])
+def test_a_scale_for_each_32(way: str, tmp_path: Path):
+    """MXFP8: a byte e stands for 2 ** (e - 127)."""
+    values = torch.randn(40, 96).to(torch.float8_e4m3fn)
+    scales = torch.randint(110, 130, (40, 3), dtype=torch.uint8)
+    config: dict[str, Any] = {
+        "transformers": {"quant_method": "mxfp8"},
+        "modelopt": {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+        "modelopt, nested": {"quant_method": "modelopt", "quantization": {"quant_algo": "mxfp8"}},
+    }[way]
+    scale = "a.weight_scale_inv" if way == "transformers" else "a.weight_scale"
+    folder = save_raw(
+        tmp_path / "m", {"a.weight": values, scale: scales}, config={"quantization_config": config}
+    )
+    made = dequantize(open_checkpoint(folder), dtype="float32")
+    wanted = by_formula(values, 2.0 ** (scales.double() - 127), (1, 32))
+    assert same(made["a.weight"].whole(), wanted)
+    assert list(made) == ["a.weight"]
+
+
+@pytest.mark.parametrize("told", ["in the config", "beside the shards"])
+def test_modelopt_has_a_scale_for_each_matrix(told: str, tmp_path: Path):
+    values, scale = torch.randn(40, 24).to(torch.float8_e4m3fn), torch.tensor(0.0371)
+    tensors = {"a.weight": values, "a.weight_scale": scale, "a.input_scale": torch.tensor(0.5)}
+    table = {"quant_method": "modelopt", "quant_algo": "FP8", "producer": {"name": "modelopt"}}
+    own = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "FP8"}}
+    folder = save_raw(
+        tmp_path / "m",
+        tensors,
+        config={"quantization_config": table} if told == "in the config" else {},
+        files={} if told == "in the config" else {"hf_quant_config.json": json.dumps(own)},
+    )
+    made = dequantize(open_checkpoint(folder))
+    product = (values.double() * scale.double()).float().bfloat16()
+    assert same(made["a.weight"].whole(), product)
+    assert list(made) == ["a.weight"]
+    assert "hf_quant_config.json" not in made.companions
+    packed = {"quant_method": "modelopt", "quant_algo": "NVFP4"}
+    other = save_raw(tmp_path / "o", tensors, config={"quantization_config": packed})
+    assert "packed by NVIDIA's ModelOpt" in refused(dequantize, open_checkpoint(other))
+
+
 # One rounding
 
 
@@ -430,9 +472,10 @@ def refused(call: Callable[..., Any], *args: Any, **how: Any) -> str:
 
 def test_growth_says_to_dequantize_first(pair: tuple[Path, Path]):
     base = open_checkpoint(pair[0])
-    for text in (refused(grow, base), refused(expand, base, copies=1)):
-        assert f"{pair[0]} (base) is quantized: fp8 (8-bit floats with scales;" in text
-        assert "`surgery dequantize MODEL -o OUT` writes it in bfloat16" in text
+    text = refused(expand, base, copies=1)
+    assert f"{pair[0]} (base) is quantized: fp8 (8-bit floats with scales;" in text
+    assert "`surgery dequantize MODEL -o OUT` writes it in bfloat16" in text
+    assert "width of 320 isn't a multiple of 128" in refused(grow, base)
     assert grow(dequantize(base)).anatomy.mlps["model.layers", 0].width == 640
 
 
@@ -512,5 +555,5 @@ def test_the_verb_and_the_step(pair: tuple[Path, Path], tmp_path: Path):
     assert report["quantization"].startswith("fp8 (8-bit floats with scales")
     assert report["unrecognised"] == []
     assert report["notes"] == []
-    assert report["blocks"][0]["no_growth"] == "its weights are quantized"
+    assert "width of 320 isn't a multiple of 128" in report["blocks"][0]["no_growth"]
     assert report["blocks"][0]["mlp"]["width"] == 320

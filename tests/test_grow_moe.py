@@ -23,6 +23,7 @@ from mixtures import EVERY_MIXTURE, MIXTURES, build_mixture, save_mixture
 from surgery import (
     ArgumentError,
     UnsupportedError,
+    expand,
     grow,
     open_checkpoint,
     verify,
@@ -35,9 +36,10 @@ from surgery.measure import neuron_norms
 from surgery.verification.discover import discover_growths
 
 
-def outputs(folder: Path) -> torch.Tensor:
-    """Logits in float64 by the stock loader, every weight in the files; experts are run one after
-    the other, since the usual kernel has no float64."""
+def outputs(folder: Path, *, trust: bool = False) -> torch.Tensor:
+    """Logits in float64 by the stock loader (with `trust` by the code beside the shards), every
+    weight in the files; experts are run one after the other, since the usual kernel has no
+    float64."""
     with quiet():
         model, info = getattr(transformers, CAUSAL).from_pretrained(
             folder,
@@ -45,6 +47,7 @@ def outputs(folder: Path) -> torch.Tensor:
             output_loading_info=True,
             attn_implementation="eager",
             experts_implementation="eager",
+            trust_remote_code=trust,
         )
     assert not info["missing_keys"], info
     assert not info["mismatched_keys"], info
@@ -304,6 +307,60 @@ def test_some_layers_with_the_others_padded(name: str, tmp_path: Path):
     assert apart(outputs(tmp_path / "grown"), base_outputs(name)) < SAME
 
 
+@pytest.mark.parametrize("name", EVERY_MIXTURE)
+def test_some_layers_of_a_mixture_load_with_the_code_beside_the_shards(name: str, tmp_path: Path):
+    """The last layer alone, which every mixture has experts in."""
+    base = open_checkpoint(build_mixture(name))
+    write(grow(base, layers="-1", factor=1.5), tmp_path / "grown")
+    last = max(mlp.block for mlp in base.anatomy.every_mlp)
+    old, new = widths(build_mixture(name)), widths(tmp_path / "grown")
+    for kind in old:
+        for block, was in old[kind].items():
+            times = 1.5 if block == last else 1
+            assert new[kind][block] == {int(times * width) for width in was}
+    config = config_of(tmp_path / "grown")
+    by_code = "mlp_width_keys" in config
+    if by_code:  # a key may be that of the last layer alone
+        (blocks,) = config.pop("mlp_width_keys").values()
+        assert [number for number, keys in enumerate(blocks) if keys] == [last]
+        del config["auto_map"]
+        assert config == config_of(build_mixture(name))
+    assert verify(base, open_checkpoint(tmp_path / "grown"), device="cpu").passed
+    assert apart(outputs(tmp_path / "grown", trust=by_code), base_outputs(name)) < SAME
+
+
+def test_kinds_of_one_key_grow_apart_with_the_code_beside_the_shards(tmp_path: Path):
+    base = build_mixture("jamba")
+    write(grow(open_checkpoint(base), experts="routed"), tmp_path / "grown")
+    assert (
+        config_of(tmp_path / "grown")["intermediate_size"] == config_of(base)["intermediate_size"]
+    )
+    assert apart(outputs(tmp_path / "grown", trust=True), base_outputs("jamba")) < SAME
+    again = open_checkpoint(tmp_path / "grown")
+    with pytest.raises(UnsupportedError, match="can't be grown again"):
+        grow(again)
+    with pytest.raises(UnsupportedError, match="mlp_width_keys"):
+        expand(again, copies=1)
+
+
+def test_kinds_of_one_key_are_padded_together(tmp_path: Path):
+    """Jamba's plain layers get zero neurons where its experts grow, so that any loader reads it."""
+    base = open_checkpoint(build_mixture("jamba"))
+    write(grow(base, experts="routed", factor=1.5, uniform=True), tmp_path / "grown")
+    assert not list((tmp_path / "grown").glob("*.py"))
+    found = widths(tmp_path / "grown")
+    (wide,) = {
+        w for of_kind in (found["routed"], found["dense"]) for ws in of_kind.values() for w in ws
+    }
+    assert config_of(tmp_path / "grown")["intermediate_size"] == wide
+    again = open_checkpoint(tmp_path / "grown")
+    assert verify(base, again, logits=False).passed
+    dense = next(mlp for mlp in again.anatomy.every_mlp if mlp.kind == "dense")
+    old = config_of(build_mixture("jamba"))["intermediate_size"]
+    assert not again[dense.down.weight].whole()[:, old:].any()
+    assert apart(outputs(tmp_path / "grown"), base_outputs("jamba")) < SAME
+
+
 # What is refused
 
 
@@ -321,16 +378,6 @@ def test_kinds_that_one_key_sets_together_are_refused_apart():
         ": no keys of config.json give these MLPs their new widths (24 -> 48) and leave the "
         f"others; moe_intermediate_size would change {shared} too: grow all layers alike, or pass "
         "--uniform; --experts all grows every kind"
-    )
-    assert "intermediate_size would change" in problem(build_mixture("jamba"), experts="routed")
-
-
-def test_some_layers_of_a_mixture_are_refused():
-    assert problem(build_mixture("mixtral"), layers="1") == (
-        ": no keys of config.json give these MLPs their new widths (40 -> 80) and leave the "
-        "others; intermediate_size would change "
-        "model.layers.0.block_sparse_moe.experts.0.w1.weight too: grow all layers alike, or pass "
-        "--uniform"
     )
 
 
@@ -583,3 +630,19 @@ def test_widths_that_make_a_matrix_square(name: str, width: int, tmp_path: Path)
     write(grow(open_checkpoint(base), factor=1.5), tmp_path / "grown")
     assert apart(outputs(tmp_path / "grown"), outputs(base)) < SAME
     assert verify(open_checkpoint(base), open_checkpoint(tmp_path / "grown"), logits=False).passed
+
+
+def test_blocks_that_predict_further_tokens_grow_along(tmp_path: Path):
+    """DeepSeek-V3 stores one behind its layers, which transformers' class ignores: what reads it
+    takes the widths of its MLPs from the same keys."""
+    source = build_mixture("deepseek_v3")
+    tensors = load(source)
+    for name in [name for name in tensors if name.startswith("model.layers.2.")]:
+        tensors[name.replace("layers.2.", "layers.3.")] = tensors[name] + 0.01
+    tensors["model.layers.3.eh_proj.weight"] = torch.randn(32, 64)
+    base = open_checkpoint(save_raw(tmp_path / "base", tensors, config=config_of(source)))
+    grown = grow(base, factor=1.5)
+    assert grown["model.layers.3.mlp.experts.1.up_proj.weight"].shape == (36, 32)
+    assert grown["model.layers.3.eh_proj.weight"] is base["model.layers.3.eh_proj.weight"]
+    assert grown.config["moe_intermediate_size"] == 36
+    assert verify(base, grown).passed

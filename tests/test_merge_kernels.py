@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import case, lazily, merged, model_count, with_base
 
@@ -576,10 +576,30 @@ def test_a_window_that_the_value_is_not_in() -> None:
         window.count(values[:450])
         window.count(values[450:])
         assert window.found == found
-    equal = torch.ones(1 << 18)
-    window = Window(1000, equal.numel(), numpy.ones(100, dtype=numpy.float32))
-    window.count(equal)
+    many = torch.linspace(0, 1, 1 << 18)
+    window = Window(1000, many.numel(), numpy.array([0, 0, 2], dtype=numpy.float32))
+    window.count(many)
     assert window.found is None  # more than it holds
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    values=st.lists(st.integers(0, 12), min_size=1, max_size=300),
+    sample=st.lists(st.integers(0, 12), min_size=1, max_size=20),
+    data=st.data(),
+)
+def test_a_window_finds_what_sorting_finds(
+    values: list[int], sample: list[int], data: st.DataObject
+) -> None:
+    """Few values, each many times, wherever the window lies; or it says that it doesn't know."""
+    rank = data.draw(st.integers(0, len(values) - 1))
+    window = Window(rank, len(values), numpy.sort(numpy.array(sample, dtype=numpy.float32)))
+    for part in torch.tensor(values, dtype=torch.float32).split(100):
+        window.count(part)
+    assert window.found in (None, sorted(values)[rank])
+    whole = Window(rank, len(values), numpy.sort(numpy.array(values, dtype=numpy.float32)))
+    whole.count(torch.tensor(values, dtype=torch.float32))
+    assert whole.found == sorted(values)[rank]
 
 
 def test_equal_magnitudes_are_kept_together() -> None:

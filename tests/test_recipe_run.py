@@ -634,9 +634,9 @@ def test_what_lies_on_disk_is_certified_again(
     path = recipe(tmp_path, "steps: {g: {grow: {model: base, factor: 2}}}", **family)
     fill = writing._fill
 
-    def damaged(layout: Any, folder: Path, *args: Any) -> Any:
-        found = fill(layout, folder, *args)
-        shard = folder / "model.safetensors"
+    def damaged(layout: Any, stage: Any, *args: Any) -> Any:
+        found = fill(layout, stage, *args)
+        shard = stage.files / "model.safetensors"
         raw = bytearray(shard.read_bytes())
         raw[-1] ^= 1
         shard.write_bytes(raw)

@@ -26,6 +26,7 @@ from surgery import (
     lines,
     merge,
     open_checkpoint,
+    verify,
     write,
 )
 from surgery.anatomy.scopes import in_scope, part_of, side_of
@@ -157,7 +158,7 @@ def test_an_encoder_and_a_decoder_grow_together_or_apart() -> None:
     assert grow(base, scope="model.decoder").config == {**base.config, "decoder_ffn_dim": 112}
 
 
-def test_stacks_that_share_a_key_grow_together_only(tmp_path: Path) -> None:
+def test_stacks_that_share_a_key_grow_apart_with_a_modeling_file(tmp_path: Path) -> None:
     options = {
         "vocab_size": 97, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 2,
         "num_decoder_layers": 2, "num_heads": 4,
@@ -165,11 +166,16 @@ def test_stacks_that_share_a_key_grow_together_only(tmp_path: Path) -> None:
     base = open_checkpoint(save(tmp_path / "t5", "T5ForConditionalGeneration", "T5Config", options))
     assert grow(base, scope="all").config == {**base.config, "d_ff": 80}
     with pytest.raises(UnsupportedError) as caught:
-        grow(base, scope="encoder")
+        grow(base, scope="encoder", uniform=True)
     assert (
         "d_ff would change decoder.block.0.layer.2.DenseReluDense.wi.weight too: grow all layers "
         "alike, or pass --uniform; --scope all grows stacks that share a key together"
     ) in str(caught.value)
+    grown = grow(base, scope="encoder")
+    assert grown.config["mlp_width_keys"] == {"encoder.block": [{"d_ff": 80}] * 2}
+    assert grown.config["d_ff"] == 40
+    verify(base, grown).require()
+    assert {growth.mlp.stack for growth in find_growths(base, grown)} == {"encoder.block"}
 
 
 def test_a_scope_that_there_is_not() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from surgery.kernels.updates import scale_update, update_square
+from surgery.kernels.updates import scale_and_square, scale_update
 
 PAIRS = [
     (torch.float64, torch.float64),
@@ -30,6 +30,11 @@ def compute_type(*dtypes: torch.dtype) -> torch.dtype:
 def update(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
     compute = compute_type(base.dtype, tuned.dtype)
     return scale_update(base, tuned, scale=scale, compute=compute, dtype=tuned.dtype)
+
+
+def both(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
+    compute = compute_type(base.dtype, tuned.dtype)
+    return scale_and_square(base, tuned, scale=scale, compute=compute, dtype=tuned.dtype)
 
 
 def pair(base: torch.dtype, tuned: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -76,7 +81,7 @@ def test_inputs_stay_as_they_are():
             base, tuned = pair(base_type, tuned_type)
             copies = base.clone(), tuned.clone()
             update(base, tuned, scale)
-            update_square(base, tuned, compute=compute_type(base_type, tuned_type))
+            both(base, tuned, scale)
             assert torch.equal(base, copies[0])
             assert torch.equal(tuned, copies[1])
 
@@ -107,7 +112,9 @@ def test_a_float32_step_below_bfloat16_survives():
 @pytest.mark.parametrize(("base_type", "tuned_type"), PAIRS)
 def test_the_square_is_that_of_the_difference(base_type: torch.dtype, tuned_type: torch.dtype):
     base, tuned = pair(base_type, tuned_type)
-    compute = compute_type(base_type, tuned_type)
     differences = (tuned.double() - base.double()).flatten().tolist()
     wanted = math.fsum(d * d for d in differences)
-    assert math.isclose(update_square(base, tuned, compute=compute), wanted, rel_tol=1e-5)
+    for scale in (0.0, 0.3, 1.0):
+        rows, square = both(base, tuned, scale)
+        assert math.isclose(square, wanted, rel_tol=1e-5)
+        assert torch.equal(rows, update(base, tuned, scale))

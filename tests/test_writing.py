@@ -265,12 +265,14 @@ def test_the_record_is_the_same_whichever_thread_is_first(
     for last in "ab":
         done = threading.Event()
 
-        def tally(*rows: torch.Tensor, wait: bool, done: threading.Event) -> float:
+        def tally(
+            *rows: torch.Tensor, wait: bool, done: threading.Event
+        ) -> tuple[torch.Tensor, float]:
             if wait:
                 assert done.wait(10)
             else:
                 threading.Timer(0.1, done.set).start()
-            return float((rows[1] - rows[0]).square().sum())
+            return rows[1], float((rows[1] - rows[0]).square().sum())
 
         made = {
             name: replace(tensor, tally=partial(tally, wait=name == last, done=done))
@@ -387,7 +389,7 @@ def test_tallies_are_summed_exactly(
         DTYPES["F64"],
         inputs=(opened["w"],),
         kernel=torch.clone,
-        tally=lambda rows: float(rows.sum()),
+        tally=lambda rows: (rows, float(rows.sum())),
     )
     monkeypatch.setattr(writer, "BLOCK_ELEMENTS", 1)
     monkeypatch.setattr(writer, "make_record", lambda *_: {"edits": []})
@@ -536,9 +538,10 @@ def test_the_old_checkpoint_outlives_a_failure(
     (tmp_path / "out" / "mark").write_text("the old one")
     before = everything(tmp_path)
     rename = os.rename
+    said = {"staging": "can't be published", "sync": "writing to .* failed: no; nothing was kept"}
 
     def fail(source: Any, target: Any) -> None:
-        if Path(source).name.endswith(".staging"):
+        if Path(source).name == "files":
             raise OSError(errno.EIO, "Input/output error")
         rename(source, target)
 
@@ -546,7 +549,7 @@ def test_the_old_checkpoint_outlives_a_failure(
         monkeypatch.setattr(os, "rename", fail)
     else:
         monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(errno.EIO, "no")))
-    with pytest.raises(OutputError, match="can't be published"):
+    with pytest.raises(OutputError, match=said[failing]):
         write(checkpoint, tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     assert everything(tmp_path) == before
@@ -571,7 +574,7 @@ def test_the_old_checkpoint_outlives_an_interrupt(
     rename = os.rename
 
     def interrupted(source: Any, target: Any) -> None:
-        if Path(source).name == ".out.staging":
+        if Path(source).name == "files":
             raise kind
         rename(source, target)
 
@@ -591,8 +594,8 @@ def test_what_an_interrupted_run_put_aside_is_seen_beforehand(
     seen: list[Checkpoint] = []
     said = refused(checkpoint, tmp_path / "out", overwrite=True, check=seen.append)
     assert said == (
-        f"{tmp_path / '.out.replaced'} is there: it is what an interrupted run was about to "
-        f"replace. Move it back or remove it"
+        f"{tmp_path / '.out.replaced'} is there: it is what a run that was stopped has replaced. "
+        f"Look at it, and remove it with `surgery clean {tmp_path / 'out'}`"
     )
     assert everything(tmp_path) == before
     assert seen == []
@@ -636,7 +639,7 @@ def test_a_failure_leaves_nothing(
 
     def kernel(rows: torch.Tensor) -> torch.Tensor:
         if rows.dtype is torch.bfloat16:
-            assert (tmp_path / ".out.staging" / "model.safetensors").exists()
+            assert (tmp_path / ".out.staging" / "files" / "model.safetensors").exists()
             raise kind("in the middle")
         return rows
 
@@ -671,7 +674,8 @@ def test_a_write_that_the_disk_refuses(
 
     monkeypatch.setattr(os, "pwrite", full)
     assert refused(checkpoint, tmp_path / "out") == (
-        f"writing to {tmp_path / '.out.staging'} failed: the disk is full; nothing was kept"
+        f"writing to {tmp_path / '.out.staging' / 'files' / 'model.safetensors'} failed: the disk "
+        f"is full; nothing was kept. Make room, or choose another place"
     )
     monkeypatch.undo()
     assert everything(tmp_path) == before
@@ -701,10 +705,13 @@ def test_a_full_disk(
     made = {name: torch.rand(200, 100) for name in "abcde"}
     opened = open_checkpoint(raw_checkpoint(made))
     monkeypatch.setattr(writer, "free_bytes", lambda _: 1 << 40)
-    staged = small_disk / ".out.staging"
+    staged = small_disk / ".out.staging" / "files" / "model.safetensors"
     for edited in (opened, computed(opened, torch.neg)):
         said = refused(edited, small_disk / "out")
-        assert said == f"writing to {staged} failed: the disk is full; nothing was kept"
+        assert said == (
+            f"writing to {staged} failed: the disk is full; nothing was kept. Make room, or choose "
+            f"another place"
+        )
         assert os.listdir(small_disk) == []
     monkeypatch.undo()
     said = refused(opened, small_disk / "out")
@@ -767,8 +774,9 @@ HOLD = """
 import sys
 from pathlib import Path
 from surgery.writing.staging import staging
-with staging(Path(sys.argv[1])) as folder:
-    (folder / "half.safetensors").write_bytes(b"half")
+with staging(Path(sys.argv[1])) as stage:
+    stage.clear()
+    (stage.files / "half.safetensors").write_bytes(b"half")
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -782,39 +790,56 @@ def test_two_writers_and_one_that_was_killed(checkpoint: Checkpoint, tmp_path: P
             assert other.stdout is not None
             assert other.stdout.readline() == b"held\n"
             before = everything(tmp_path)
-            assert ".out.staging/half.safetensors" in before
+            assert ".out.staging/files/half.safetensors" in before
             assert refused(checkpoint, target) == (f"another run is writing {target}: wait for it")
             assert everything(tmp_path) == before
             write(checkpoint, tmp_path / "elsewhere")
         finally:
             other.kill()
             other.wait()
-    assert (tmp_path / ".out.staging" / "half.safetensors").exists()
+    assert (tmp_path / ".out.staging" / "files" / "half.safetensors").exists()
     write(checkpoint, target)
     assert files_in(target) == files_in(tmp_path / "elsewhere")
     assert sorted(os.listdir(tmp_path)) == ["elsewhere", "given", "out"]
 
 
-def test_a_lock_on_what_was_published_meanwhile(
+def test_a_lock_that_was_removed_meanwhile(
     checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The other run renames the staging directory between our opening and locking it, and a
-    third makes its own: the lock that we get is on the first one's output."""
-    module = importlib.import_module("surgery.writing.staging")
+    """The other run publishes, and removes its stage with the lock, between our opening and
+    locking that, and a third begins: the lock that we get is nobody's, and the third has its own.
+    """
+    module = importlib.import_module("surgery.writing.locks")
     flock = module.fcntl.flock
     folder = tmp_path / ".out.staging"
+    third: list[int] = []
 
     def late(fd: int, how: int) -> None:
-        monkeypatch.undo()
-        folder.rename(tmp_path / "published")
-        folder.mkdir()
-        (folder / "the third's").write_text("precious")
+        if not third:
+            (folder / "lock").unlink()
+            (folder / "the third's").write_text("precious")
+            third.append(os.open(folder / "lock", os.O_RDWR | os.O_CREAT))
+            flock(third[0], how)
         flock(fd, how)
 
     monkeypatch.setattr(module.fcntl, "flock", late)
     said = refused(checkpoint, tmp_path / "out")
-    assert said == f"another run has just written {tmp_path / 'out'}"
-    assert everything(folder) == {"the third's": b"precious"}
+    assert said == f"another run is writing {tmp_path / 'out'}: wait for it"
+    assert everything(folder) == {"the third's": b"precious", "lock": b""}
+    os.close(third[0])
+    write(checkpoint, tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["given", "out"]
+
+
+def test_a_file_system_without_locks(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(fd: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(importlib.import_module("surgery.writing.locks").fcntl, "flock", none)
+    said = refused(checkpoint, tmp_path / "out")
+    assert said.startswith(f"{tmp_path} can't be locked against other runs: No locks available")
 
 
 def test_staging_is_not_made_over_a_link(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -862,9 +887,9 @@ def test_all_is_synced_before_it_is_published(
         pytest.skip("what a descriptor stands for is read from /proc")
     monkeypatch.setattr(os, "fsync", seen)
     write(checkpoint, tmp_path / "out")
-    staged = tmp_path / ".out.staging"
+    staged = tmp_path / ".out.staging" / "files"
     inside = [path.relative_to(tmp_path / "out") for path in (tmp_path / "out").rglob("*")]
-    assert {str(staged / path) for path in inside} | {str(staged)} == {
+    assert {str(staged / path) for path in inside} | {str(staged)} <= {
         path for path, late in synced.items() if not late
     }
     assert [path for path, late in synced.items() if late] == [str(tmp_path)]
@@ -991,6 +1016,8 @@ def test_the_record_keeps_no_time(
     write(edited, tmp_path / "one", threads=1)
     for path in (tmp_path / "given").rglob("*"):
         os.utime(path, (1, 1))
+    checkpoint = open_checkpoint(tmp_path / "given")
+    edited = lines(checkpoint, checkpoint, alpha=0.5)
     monkeypatch.setattr(time, "time", lambda: 1e9)
     write(edited, tmp_path / "two", threads=1)
     assert files_in(tmp_path / "one") == files_in(tmp_path / "two")

@@ -6,6 +6,7 @@ of a model that was widened or got more blocks.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -21,7 +22,7 @@ Tensors = Mapping[str, LazyTensor]
 @dataclass(frozen=True)
 class MLPCorrection:
     """The MLP of some blocks of `stack` (of all where `blocks` is None), by the names of its
-    matrices inside a block; `parts` and `in_out` as in `Projection`."""
+    matrices inside a block; `parts`, `in_out` and `interleaved` as in `Projection`."""
 
     stack: str
     ups: tuple[str, ...]
@@ -29,6 +30,7 @@ class MLPCorrection:
     parts: int = 1
     in_out: bool = False
     blocks: frozenset[int] | None = None
+    interleaved: bool = False
 
     def meant_for(self, stack: str, block: int) -> bool:
         """Whether it speaks of that block."""
@@ -81,7 +83,13 @@ class MLPCorrection:
     def _projection(self, tensors: Tensors, block: int, inner: str, parts: int) -> Projection:
         name = self.name(block, inner)
         bias = name.removesuffix("weight") + "bias"
-        return Projection(name, bias if bias in tensors else None, self.in_out, parts)
+        return Projection(
+            name,
+            bias if bias in tensors else None,
+            self.in_out,
+            parts,
+            interleaved=self.interleaved and parts == 2,
+        )
 
 
 @dataclass(frozen=True)
@@ -176,4 +184,4 @@ def block_of(name: str, stack: str) -> tuple[int, str] | None:
     if not name.startswith(prefix):
         return None
     number, dot, inner = name[len(prefix) :].partition(".")
-    return (int(number), inner) if dot and number.isascii() and number.isdigit() else None
+    return (int(number), inner) if dot and re.fullmatch("[0-9]{1,9}", number) else None

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from surgery.anatomy.experts import Experts
+from surgery.anatomy.layout import what_is_not_told
 from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
 from surgery.anatomy.places import Place, Role
 from surgery.anatomy.several import another_may_be, find_several, misread
@@ -33,14 +35,31 @@ def find_dense(
     hidden: Mapping[Key, int | None],
     widths: set[int],
     experts: Mapping[Key, Experts],
+    layouts: Mapping[str, Collection[bool]],
+    config: Mapping[str, Any],
 ) -> Dense:
     """What there is of them. `hidden` has the size of every block, `widths` are those that the
-    config gives, `experts` what of a block belongs to a mixture."""
+    config gives, `experts` what of a block belongs to a mixture, `layouts` what is told of how the
+    matrices of a stack are stored."""
     found = Dense()
     blocks, outside = _apart(tensors, places, experts)
-    in_out = {stack: stores_in_out(inside) for stack, inside in _by_stack(blocks).items()}
+    in_out = {
+        stack: stores_in_out(inside) or layouts.get(stack) == {True}
+        for stack, inside in _by_stack(blocks).items()
+    }
     for key, inside in blocks.items():
         _look(found, key, inside, places, hidden[key], widths, in_out[key[0]], key in experts)
+        if key in experts or key in found.no_growth:
+            continue
+        rest = {
+            name: tensor
+            for name, tensor in inside.items()
+            if places[name].role not in (Role.ATTENTION, Role.MIXER)
+        }
+        mlps = found.several.get(key) or ((found.mlps[key],) if key in found.mlps else ())
+        doubts = [what_is_not_told(mlp, rest, layouts.get(key[0], ()), config) for mlp in mlps]
+        if told := "; ".join(dict.fromkeys(filter(None, doubts))):
+            found.no_growth[key] = told
     for mlp, problem in find_several(
         "", None, outside, places, None, widths, in_out=False, uneven=True
     ):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,12 +27,13 @@ from surgery.tensor import LazyTensor
 INTERLEAVED = frozenset({"gpt_oss"})
 """Model types whose stacked experts have gate and up neuron by neuron: g0, u0, g1, u1, ..."""
 
-_ATTENTION = re.compile(r"(^|[._])\w*(attn|attention)\.")  # JetMoE: attention of experts
-_CONVOLUTION = re.compile(r"(^|[._])\w*convs?\d*([._]|$)")  # (out, in, length), and no experts
+_ATTENTION = re.compile(r"(^|[._])[^\W_]*(attn|attention)\.")  # JetMoE: attention of experts
+_CONVOLUTION = re.compile(r"(^|[._])[^\W_]*convs?\d*([._]|$)")  # (out, in, length), and no experts
 _NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
+_MEMBER = re.compile(r"((?:.*?\.)?[A-Za-z_]\w*)\.(\d+)(?=\.)")
 _SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
 _FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
-_GATE = re.compile(r"(^|[._])\w*gate(\.weight)?$")
+_GATE = re.compile(r"(^|[._])[^\W_]*gate(\.weight)?$")
 _EXPERT_COUNTS = ("moe_num_experts", "num_local_experts", "num_experts", "n_routed_experts")
 
 
@@ -51,18 +52,25 @@ def find_experts(
     tensors: Mapping[str, LazyTensor],
     hidden: int,
     config: Mapping[str, Any],
+    choices: Container[int] = (),
+    *,
+    in_out: bool = False,
 ) -> Experts:
-    """The experts among the tensors of one block. `config` is that of the language model."""
+    """The experts among the tensors of one block. `config` is that of the language model,
+    `choices` are the numbers of things between which a matrix of the block may choose, `in_out`
+    says how its stack stores matrices."""
     found = Experts()
-    for (kind, path), group in _groups(f"{stack}.{block}.", tensors, hidden).items():
+    for (kind, path), group in _groups(f"{stack}.{block}.", tensors, hidden, choices).items():
         found.tensors |= group.keys()
         mlp: MLP | str | None
         if any(len(tensor.shape) == 3 for tensor in group.values()):
-            mlp = _stacked(stack, block, group, hidden, config.get("model_type") in INTERLEAVED)
+            mlp = _stacked(
+                stack, block, group, hidden, str(config.get("model_type")) in INTERLEAVED
+            )
         elif any(_FLAT.match(name) for name in group):
             mlp = _flat(stack, block, group, hidden, _count(config))
         else:
-            mlp = find_mlp(stack, block, group, hidden, set(), in_out=False)
+            mlp = find_mlp(stack, block, group, hidden, set(), in_out)
         if mlp is None:
             mlp = "it has no matrix of the hidden size"
         elif not isinstance(mlp, str) and (others := follows_width(mlp, group)):
@@ -75,11 +83,12 @@ def find_experts(
 
 
 def _groups(
-    block: str, tensors: Mapping[str, LazyTensor], hidden: int
+    block: str, tensors: Mapping[str, LazyTensor], hidden: int, choices: Container[int]
 ) -> dict[tuple[Kind, str], dict[str, LazyTensor]]:
     """The tensors of each expert, or stack of experts, by its kind and the path of its module."""
     groups: dict[tuple[Kind, str], dict[str, LazyTensor]] = defaultdict(dict)
     stacks: dict[str, int] = defaultdict(int)
+    lists = _lists_of_experts([name.removeprefix(block) for name in tensors], choices)
     for name, tensor in tensors.items():
         if _is_stacked(name, tensor, hidden):
             stacks[_parent(name.removeprefix(block))] += 1
@@ -91,16 +100,35 @@ def _groups(
         if stacks.get(path, 0) < 2 or not (_is_stacked(name, tensor, hidden) or "bias" in inner):
             match = _NUMBERED.match(inner) or _SHARED.match(inner) or _FLAT.match(inner)
             if match is None:
-                continue
+                match = _MEMBER.match(inner)
+                if match is None or match.group(1) not in lists:
+                    continue
             path = match.group(0)
         kind: Kind = "shared" if "shared" in path else "routed"
         groups[kind, path][name] = tensor
     return groups
 
 
+def _lists_of_experts(names: Iterable[str], choices: Container[int]) -> set[str]:
+    """Numbered lists of modules of two matrices and more that are alike, as many as are chosen
+    from, whatever they are called."""
+    members: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+    for name in names:
+        if (match := _MEMBER.match(name)) is not None and name.endswith(".weight"):
+            members[match.group(1)][int(match.group(2))].add(name[match.end() :])
+    return {
+        prefix
+        for prefix, found in members.items()
+        if len(found) > 1 and len(found) in choices and set(found) == set(range(len(found)))
+        if len(found[0]) > 1 and all(inside == found[0] for inside in found.values())
+    }
+
+
 def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
+    """Whether it is a matrix for each expert: one of a single row is a vector, as RWKV has them."""
+    sides = tensor.shape[1:]
     no_expert = _ATTENTION.search(name) or _CONVOLUTION.search(name)
-    return len(tensor.shape) == 3 and hidden in tensor.shape[1:] and not no_expert
+    return len(sides) == 2 and hidden in sides and 1 not in sides and not no_expert
 
 
 def _parent(inner: str) -> str:
@@ -129,7 +157,7 @@ def _stacked(
     in_out, experts = layouts.pop(), counts.pop()
     width = matrices[downs[0]].shape[1 if in_out else 2]
     sizes = [matrices[name].shape[2 if in_out else 1] for name in ups]
-    if sizes not in ([width], [2 * width], [width, width]):
+    if not width or sizes not in ([width], [2 * width], [width, width]):
         return f"no up projection of width {width:,} goes with {downs[0]}"
 
     def projection(name: str, parts: int = 1) -> Projection:
@@ -152,15 +180,16 @@ def _flat(
 ) -> MLP | str:
     """DBRX: w1 (gate), v1 (up) and w2 (down), all (experts * width, hidden)."""
     shapes = {tensor.shape for tensor in group.values()}
-    rows, columns = shapes.pop()
-    if experts is None or len(group) != 3 or shapes or columns != hidden or rows % experts:
+    shape = shapes.pop()
+    known = experts is not None and len(group) == 3 and not shapes and shape[1:] == (hidden,)
+    if experts is None or not known or shape[0] % experts:
         return f"can't tell the experts in {', '.join(sorted(group))} apart"
     by_ending = {name.rpartition(".")[2]: name for name in group}
     gate, up, down = (
         Projection(by_ending[ending], in_out=ending == "w2", experts=experts, flat=True)
         for ending in ("w1", "v1", "w2")
     )
-    return MLP(stack, block, (gate, up), down, rows // experts, hidden)
+    return MLP(stack, block, (gate, up), down, shape[0] // experts, hidden)
 
 
 def _count(config: Mapping[str, Any]) -> int | None:

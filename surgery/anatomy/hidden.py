@@ -4,7 +4,7 @@ there to tell."""
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from surgery.anatomy.places import Place, Role
 from surgery.tensor import LazyTensor
@@ -37,8 +37,10 @@ def _hidden(
         for name in names
         if places[name].role is Role.NORM and len(tensors[name].shape) == 1
     }
-    if not norms or usual in norms:
+    if usual in norms or (usual is not None and not norms):
         return usual
+    if not norms:
+        return _common_side(tensors[name].shape for name in names)
     sides = Counter(
         size
         for name in names
@@ -47,3 +49,10 @@ def _hidden(
     )
     sizes = sorted(norms, key=lambda size: (-sides[size], size))
     return usual if usual is not None and sides[usual] >= sides[sizes[0]] else sizes[0]
+
+
+def _common_side(shapes: Iterable[tuple[int, ...]]) -> int | None:
+    """The one size that every matrix of a block leads from or to."""
+    matrices = [set(shape) for shape in shapes if len(shape) == 2]
+    common = set.intersection(*matrices) if len(matrices) > 1 else set()
+    return common.pop() if len(common) == 1 else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.dense import find_dense
 from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.hidden import hidden_sizes
+from surgery.anatomy.layout import told_layouts, what_is_not_told
+from surgery.anatomy.letters import place_attention
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.tensor import LazyTensor
@@ -22,6 +24,8 @@ HEAD_KEYS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 WIDTH_KEYS = ("intermediate_size", "n_inner", "ffn_dim", "d_ff", "ffn_hidden_size", "hidden_dim")
 WIDTHS_KEY = "mlp_widths"
 """Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
+WIDTH_KEYS_KEY = "mlp_width_keys"
+"""The same by the config's own keys: what they are in each block, by the path of the blocks."""
 
 NOTHING = Corrections()
 
@@ -70,6 +74,16 @@ class Anatomy:
     def unrecognised(self) -> list[str]:
         return [name for name, place in self.places.items() if place.role is Role.UNKNOWN]
 
+    def with_owned(self, owner: Mapping[str, str]) -> Anatomy:
+        """The same with more tensors, which belong to others (`owner` says to which): they have
+        the role of those, and stand in the same block."""
+        places = dict(self.places)
+        for name, weight in owner.items():
+            place = places[weight]
+            outer = weight.removesuffix(place.inner)
+            places[name] = replace(place, inner=name.removeprefix(outer))
+        return replace(self, places=places)
+
 
 def infer(
     tensors: Mapping[str, LazyTensor],
@@ -79,6 +93,7 @@ def infer(
     """The anatomy of a checkpoint, from headers and config alone, where `corrections` don't say."""
     part = text_config(config)
     places, stacks = find_places(tensors, first(part, DEPTH_KEYS))
+    place_attention(places)
     corrections.place(tensors, places, stacks)
     embedding = _embedding(tensors, places, first(part, ("vocab_size",)))
     if embedding is not None and places[embedding].role is Role.UNKNOWN:
@@ -88,14 +103,16 @@ def infer(
         hidden = tensors[embedding].shape[-1]
     in_blocks = _in_blocks(tensors, places)
     sizes = hidden_sizes(tensors, places, hidden)
-    experts = _experts(in_blocks, places, sizes, part)
-    found = find_dense(tensors, places, sizes, _all_widths(config), experts)
+    layouts = told_layouts(tensors, places, sizes)
+    experts = _experts(in_blocks, places, sizes, config, layouts)
+    found = find_dense(tensors, places, sizes, _all_widths(config), experts, layouts, config)
     mlps, no_growth = found.mlps, found.no_growth
     corrections.put_mlps(tensors, places, mlps, no_growth)
     several = {key: these for key, these in found.several.items() if key not in mlps}
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
             places[key] = replace(places[key], role=Role.EXPERT)
+    _place_routers(tensors, places, in_blocks, experts)
     in_blocks_too = [mlp for these in several.values() for mlp in these]
     for mlp in (*mlps.values(), *in_blocks_too):
         for name in (*mlp.tensors, mlp.down.bias):
@@ -120,6 +137,12 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return nested if isinstance(nested, Mapping) else config
 
 
+def architecture(config: Mapping[str, Any]) -> str | None:
+    """The first of the classes that the config names."""
+    named = config.get("architectures")
+    return named[0] if isinstance(named, list) and named and isinstance(named[0], str) else None
+
+
 def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
     """The first of `keys` that holds a whole number."""
     for key in keys:
@@ -129,17 +152,19 @@ def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def _widths(config: Mapping[str, Any]) -> set[int]:
-    widths = {config[key] for key in WIDTH_KEYS if type(config.get(key)) is int}
     per_layer = config.get(WIDTHS_KEY)
-    return widths | (set(per_layer) if isinstance(per_layer, list) else set())
+    values = [value for key, value in config.items() if key.rpartition(".")[2] in WIDTH_KEYS]
+    values += per_layer if isinstance(per_layer, list) else []
+    return {value for value in values if type(value) is int}
 
 
 def _all_widths(config: Mapping[str, Any]) -> set[int]:
     """The widths that a config gives, those of its parts included."""
     widths = _widths(config)
     for part in config.values():
-        if isinstance(part, Mapping):
-            widths |= _all_widths(part)
+        for inner in part if isinstance(part, list) else (part,):
+            if isinstance(inner, Mapping):
+                widths |= _all_widths(inner)
     return widths
 
 
@@ -158,15 +183,19 @@ def _experts(
     places: Mapping[str, Place],
     hidden: Mapping[tuple[str, int], int | None],
     config: Mapping[str, Any],
+    layouts: Mapping[str, Collection[bool]],
 ) -> dict[tuple[str, int], Experts]:
     """The experts of every block that has some."""
-    found = {}
+    found, part = {}, text_config(config)
     for key, block in blocks.items():
         roles = (Role.UNKNOWN, Role.EXPERT)
         inside = {name: tensor for name, tensor in block.items() if places[name].role in roles}
         if (size := hidden[key]) is None:
             continue
-        experts = find_experts(*key, inside, size, config)
+        told, choices = layouts[key[0]], _choices(block, size)
+        experts = find_experts(*key, inside, size, part, choices, in_out=told == {True})
+        doubts = [what_is_not_told(mlp, {}, told, config) for mlp in experts.mlps]
+        experts.problems += dict.fromkeys(filter(None, doubts))
         left = [
             name
             for name in inside
@@ -178,6 +207,29 @@ def _experts(
         if left or any(mlp.kind == "routed" for mlp in experts.mlps) or experts.problems:
             found[key] = experts  # what is shared by no others is a plain MLP
     return found
+
+
+def _place_routers(
+    tensors: Mapping[str, LazyTensor],
+    places: dict[str, Place],
+    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
+    experts: Mapping[tuple[str, int], Experts],
+) -> None:
+    """Give the role to a matrix without one that has a row for each expert beside it."""
+    for key, found in experts.items():
+        routed = [mlp for mlp in found.mlps if mlp.kind == "routed"]
+        if not routed:
+            continue
+        shape = routed[0].down.experts or len(routed), routed[0].hidden
+        for name in blocks[key]:
+            if places[name].role is Role.UNKNOWN and tensors[name].shape == shape:
+                places[name] = replace(places[name], role=Role.ROUTER)
+
+
+def _choices(block: Mapping[str, LazyTensor], hidden: int) -> set[int]:
+    """Between how many things a matrix of the block may choose."""
+    matrices = [set(t.shape) for t in block.values() if len(t.shape) == 2 and hidden in t.shape]
+    return set().union(*matrices) - {hidden}
 
 
 def _embedding(
@@ -225,8 +277,8 @@ def _tying(
     """Whether head and embedding are one, and what is odd about what config and files say."""
     key = "tie_word_embeddings"
     says = config.get(key, text_config(config).get(key))
-    classes = config.get("architectures") or [""]
-    with_head = any(word in str(classes[0]) for word in ("ForCausalLM", "LMHead", "MaskedLM"))
+    name = architecture(config) or ""
+    with_head = any(word in name for word in ("ForCausalLM", "LMHead", "MaskedLM"))
     if says is False and head is None and with_head and embedding is not None:
         note = "tie_word_embeddings is false, and no head is stored: it is taken to be tied to"
         return True, (f"{note} {embedding}",)

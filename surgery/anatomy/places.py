@@ -7,6 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from itertools import islice
 
 from surgery.tensor import LazyTensor
 
@@ -37,13 +38,15 @@ class Place:
     block: int | None = None
 
 
-_NUMBER = re.compile(r"(?<![^.])(\d+)\.")
+_NUMBER = re.compile(r"(?<![^.])([0-9]{1,9})\.")
+_MOST_NUMBERS = 4
+"""Lists in one another in a name. More are looked at nowhere: each is a copy of the name."""
 _STATE = re.compile(r"\.(A_log|dt_bias|time_decay|recurrent_param)$")
-_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv)([._]|$)")
+_MIXER = re.compile(r"\.(dt_proj|dt_layernorm|x_proj|conv_?1d|short_conv|[if]gate_preact)([._]|$)")
 
-NORM = re.compile(r"(^|[._])(ln\d*|\w*norm\d*)([._]|$)", re.IGNORECASE)
+NORM = re.compile(r"(^|[._])(ln\d*|[^\W_]*norm\d*)([._]|$)", re.IGNORECASE)
 ATTENTION = re.compile(
-    r"(^|[._])(\w*attn|\w*attention|[qkvo]_proj|[qkv]_lin|out_lin|w?qkv(_proj)?|att)"
+    r"(^|[._])([^\W_]*attn|[^\W_]*attention|[qkvo]_proj|[qkv]_lin|out_lin|w?qkv(_proj)?|att)"
     r"([._]|$)",
     re.IGNORECASE,
 )
@@ -72,11 +75,15 @@ _OUTSIDE: tuple[tuple[Role, re.Pattern[str]], ...] = (
     (Role.HEAD, re.compile(r"(^|[._])(lm_head|embed_out)([._]|$)")),
     (
         Role.EMBEDDING,
-        re.compile(r"(^|[._])(embed\w*|\w*embeddings?|wte|wpe|shared)([._]|$)", re.IGNORECASE),
+        re.compile(
+            r"(^|[._])(embed[^\W_]*|[^\W_]*embeddings?|wte|wpe|shared)([._]|$)", re.IGNORECASE
+        ),
     ),
     (
         Role.HEAD,
-        re.compile(r"(^|[._])(\w*head|score|classifier|predictions|pooler)([._]|$)", re.IGNORECASE),
+        re.compile(
+            r"(^|[._])([^\W_]*head|score|classifier|predictions|pooler)([._]|$)", re.IGNORECASE
+        ),
     ),
     (Role.NORM, NORM),
     (Role.HEAD, re.compile(r"^output\.", re.IGNORECASE)),
@@ -115,7 +122,7 @@ def place_in_block(inner: str, tensor: LazyTensor, stack: str, block: int) -> Pl
 
 def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
     """Every (prefix, number, what follows) of a name, the outermost first."""
-    for match in _NUMBER.finditer(name):
+    for match in islice(_NUMBER.finditer(name), _MOST_NUMBERS):
         yield name[: match.start()].removesuffix("."), int(match.group(1)), name[match.end() :]
 
 

@@ -7,7 +7,8 @@ import torch
 
 def take_columns(weight: torch.Tensor, *, sources: torch.Tensor) -> torch.Tensor:
     """Column j is column sources[j] of `weight` (rows, p), or zero where that is -1."""
-    out = weight.index_select(1, sources.clamp(min=0))
+    bits = weight.view(torch.uint8) if weight.element_size() == 1 else weight
+    out = bits.index_select(1, sources.clamp(min=0))
     if bool((padding := sources < 0).any()):
-        out[:, padding] = 0
-    return out
+        out[:, padding] = 0  # which torch has no kernel for in 8-bit floats
+    return out.view(weight.dtype)

@@ -65,7 +65,7 @@ def ram(
     """
     start, taus = updates(base, models, rounding.compute)
     for tau in taus:
-        tau.masked_fill_(tau.abs() <= epsilon, 0)
+        torch.hardshrink(tau, epsilon, out=tau)
     changed = torch.zeros_like(start)
     for tau in taus:
         changed.add_(tau != 0)
@@ -127,7 +127,7 @@ def sce(
     if threshold > 0:
         unselected = variance(taus) < threshold
         for tau in taus:
-            tau.masked_fill_(unselected, 0)
+            tau.mul_(~unselected)
     total = taus[0].clone()
     for tau in taus[1:]:
         total.add_(tau)

@@ -27,14 +27,20 @@ MARGIN = 0.01
 
 class Window:
     """The value at `rank` of a stream of `count` nonnegative floats, if it lies where a sorted
-    `sample` of them suggests."""
+    `sample` of them suggests.
+
+    What lies inside the window is kept. Its two ends and the likeliest value are only counted:
+    differences of bfloat16 have few values, and one of them can be a tenth of all numbers.
+    """
 
     def __init__(self, rank: int, count: int, sample: numpy.ndarray) -> None:
         self.rank = rank
         last = len(sample) - 1
         first, end = ((rank / count + way * MARGIN) * last for way in (-1, 1))
-        self._low = sample[int(first)] if first > 0 else sample.dtype.type(0)
-        self._high = sample[int(end) + 1] if end < last else sample.dtype.type("inf")
+        low = sample[int(first)] if first > 0 else sample.dtype.type(0)
+        high = sample[int(end) + 1] if end < last else sample.dtype.type("inf")
+        self._marks = numpy.unique([low, sample[round(rank / count * last)], high])
+        self._equal = [0] * len(self._marks)
         self._below = 0
         self._near: list[numpy.ndarray] = []
         self._room = max(1 << 16, int(8 * MARGIN * count))
@@ -42,22 +48,34 @@ class Window:
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""
         if self._room < 0:
-            return  # many equal numbers: more than a window should hold
+            return  # many near numbers: more than a window should hold
         flat = values.reshape(-1).numpy()
-        below = flat < self._low
-        near = flat[numpy.flatnonzero((flat <= self._high) ^ below)]
+        below = flat < self._marks[0]
+        inside = (flat <= self._marks[-1]) ^ below
+        for at, mark in enumerate(self._marks):
+            equal = flat == mark
+            inside ^= equal
+            self._equal[at] += int(numpy.count_nonzero(equal))
         self._below += int(numpy.count_nonzero(below))
-        self._room -= len(near)
-        self._near.append(near)
+        self._near.append(numpy.compress(inside, flat))
+        self._room -= len(self._near[-1])
 
     @property
     def found(self) -> float | None:
         """The value, or None: it wasn't in the window."""
-        at = self.rank - self._below
-        if self._room < 0 or not 0 <= at < sum(len(near) for near in self._near):
+        if self._room < 0 or self.rank < self._below:
             return None
-        # no partition: it is slow where many are equal, as differences of bfloat16 are
-        return order_statistics(torch.from_numpy(numpy.concatenate(self._near)), [at])[0]
+        near = numpy.concatenate([self._marks[:0], *self._near])
+        at = self.rank - self._below  # among what is near, and the marks that were passed
+        for mark, equal in zip(self._marks, self._equal, strict=True):
+            smaller = int(numpy.count_nonzero(near < mark))
+            if at < smaller:
+                # no partition: it is slow where many are equal
+                return order_statistics(torch.from_numpy(near), [at])[0]
+            if at < smaller + equal:
+                return float(mark)
+            at -= equal
+        return None
 
 
 @dataclass

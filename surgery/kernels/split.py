@@ -104,6 +104,11 @@ def split_rows(
     return share(weight, ordinals[:, None], copies[:, None], *noise, symmetry_break=symmetry_break)
 
 
+def divide(weight: torch.Tensor, *, times: int) -> torch.Tensor:
+    """A `times`-th of every weight, a power of two: exact short of underflow."""
+    return weight * (1 / times)
+
+
 def share(
     weight: torch.Tensor,
     ordinals: torch.Tensor,

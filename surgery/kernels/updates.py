@@ -55,10 +55,27 @@ def apply_updates(
     return total_update(*updates, scales=scales, compute=compute).add_(base.to(compute)).to(dtype)
 
 
-def update_square(base: torch.Tensor, tuned: torch.Tensor, *, compute: torch.dtype) -> float:
-    """||tuned - base||^2 of these rows."""
-    update = tuned.to(compute).sub(base.to(compute)).reshape(-1)
+def scale_and_square(
+    base: torch.Tensor,
+    tuned: torch.Tensor,
+    *,
+    scale: float,
+    compute: torch.dtype,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, float]:
+    """What `scale_update` makes of these rows, and ||tuned - base||^2."""
+    start = base.to(compute)
+    update = tuned.to(compute).sub_(start) if tuned.dtype != compute else tuned - start
+    square = _square(update.reshape(-1))
+    if scale == 1:
+        return tuned.to(dtype), square
+    if scale == 0:
+        return start.to(dtype), square
+    return update.mul_(scale).add_(start).to(dtype), square
+
+
+def _square(update: torch.Tensor) -> float:
     square = float(torch.dot(update, update))
-    if math.isfinite(square) or compute == torch.float64:
+    if math.isfinite(square) or update.dtype == torch.float64:
         return square
-    return update_square(base, tuned, compute=torch.float64)  # too large for float32
+    return _square(update.to(torch.float64))  # too large for float32

@@ -14,6 +14,7 @@ from surgery.hub import Source, resolve
 from surgery.lora.config import CONFIG, AdapterConfig, parse_config
 from surgery.opening import open_tensors, read_json
 from surgery.tensor import LazyTensor
+from surgery.untrusted import brief
 
 STEM = "adapter_model"
 PREFIX = "base_model.model."
@@ -200,7 +201,7 @@ def _with_indices(
         if not known or len(rows.shape) != 2 or not rows.rows == len(listed) == len(set(listed)):
             problems.append(
                 f"{module} has rows of shape {list(rows.shape)} for tokens, and "
-                f"trainable_token_indices is {listed!r}"
+                f"trainable_token_indices is {brief(listed)}"
             )
         else:
             placed[module] = rows, tuple(listed)

@@ -3,15 +3,17 @@ Surgery knows it, refused by name."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from math import isfinite, sqrt
+from math import sqrt
 from typing import Any
 
 from surgery.errors import FormatError, UnsupportedError
+from surgery.lora.patterns import Matcher, why_not
+from surgery.untrusted import brief
 
 CONFIG = "adapter_config.json"
+LARGEST = 1e100
 
 _VARIANTS = {
     "alora_invocation_tokens": "activated LoRA, which changes the model only after some tokens",
@@ -50,15 +52,22 @@ class AdapterConfig:
     token_indices: Any = None
     base: str | None = None
     """What the base was called where the adapter was trained."""
+    matcher: Matcher = field(default_factory=Matcher, repr=False)
 
     def rank_of(self, module: str) -> int:
         """r of a module."""
-        return int(_of(self.rank_pattern, module, self.rank))
+        return int(self._of(self.rank_pattern, module, self.rank))
 
     def scale_of(self, module: str) -> float:
         """The factor on B A: alpha / r, or alpha / sqrt(r) for rsLoRA (arXiv 2312.03732)."""
         rank = self.rank_of(module)
-        return _of(self.alpha_pattern, module, self.alpha) / (sqrt(rank) if self.rslora else rank)
+        alpha = self._of(self.alpha_pattern, module, self.alpha)
+        return alpha / (sqrt(rank) if self.rslora else rank)
+
+    def _of(self, patterns: Mapping[str, float], module: str, otherwise: float) -> float:
+        """The value of the first pattern that matches, as PEFT matches them."""
+        matching = (v for pattern, v in patterns.items() if self.matcher.matches(pattern, module))
+        return next(matching, otherwise)
 
 
 def parse_config(table: Mapping[str, Any], where: str) -> AdapterConfig:
@@ -85,7 +94,7 @@ def parse_config(table: Mapping[str, Any], where: str) -> AdapterConfig:
 def _unsupported(table: Mapping[str, Any]) -> Iterator[str]:
     kind = table.get("peft_type")
     if kind != "LORA":
-        yield f"peft_type is {kind!r}, and only LORA can be computed from the weights"
+        yield f"peft_type is {brief(kind)}, and only LORA can be computed from the weights"
         return
     for key, meaning in _VARIANTS.items():
         if table.get(key):
@@ -102,33 +111,24 @@ def _unsupported(table: Mapping[str, Any]) -> Iterator[str]:
 def _malformed(table: Mapping[str, Any]) -> Iterator[str]:
     rank, alpha = table.get("r", 8), table.get("lora_alpha", 8)
     if not (_number(rank) and isinstance(rank, int) and rank > 0):
-        yield f"r is {rank!r}, and has to be a whole number above 0"
+        yield f"r is {brief(rank)}, and has to be a whole number above 0"
     if not _number(alpha):
-        yield f"lora_alpha is {alpha!r}, and has to be a number"
+        yield f"lora_alpha is {brief(alpha)}, and has to be a number"
     saved = table.get("modules_to_save") or []
     if not isinstance(saved, list) or not all(isinstance(name, str) for name in saved):
-        yield f"modules_to_save is {saved!r}, and has to be a list of names"
+        yield f"modules_to_save is {brief(saved)}, and has to be a list of names"
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = table.get(key) or {}
         if not isinstance(patterns, Mapping):
-            yield f"{key} is {patterns!r}, and has to be a table of numbers by module"
+            yield f"{key} is {brief(patterns)}, and has to be a table of numbers by module"
             continue
         for pattern, value in patterns.items():
             if not _number(value) or (key == "rank_pattern" and not value >= 1):
-                yield f"{key} has {value!r} for {pattern}"
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                yield f"{key} has {pattern!r}, which isn't a regular expression: {error}"
+                yield f"{key} has {brief(value)} for {pattern}"
+            if (reason := why_not(pattern)) is not None:
+                yield f"{key} has {brief(pattern)}, which isn't a regular expression: {reason}"
 
 
-def _number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
-
-
-def _of(patterns: Mapping[str, float], module: str, otherwise: float) -> float:
-    """The value of the first pattern that matches, as PEFT matches them."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return otherwise
+def _number(value: Any) -> bool:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and -LARGEST < value < LARGEST  # not so of NaN

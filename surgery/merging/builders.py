@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def _combined(job: Job, combination: Combination) -> LazyTensor:
     from surgery.kernels.merging import combine
 
-    return job.tensor(partial(combine, combination=combination))
+    return job.tensor(partial(combine, combination=combination), spreads=True)
 
 
 def _on_sphere(
@@ -33,7 +33,8 @@ def _on_sphere(
     from surgery.kernels.merging import combine
     from surgery.merging.measures import combination
 
-    return job.tensor(combine, measure=partial(combination, rule=rule, from_base=from_base))
+    measure = partial(combination, rule=rule, from_base=from_base)
+    return job.tensor(combine, measure=measure, measures_all=True)
 
 
 def _shares(weights: tuple[float, ...], *, normalize: bool) -> tuple[float, ...]:
@@ -61,7 +62,7 @@ def passthrough(job: Job) -> LazyTensor:
     factor = job.parameters["scale"]
     if factor == 1 and job.models[0].dtype == job.dtype:
         return unchecked(job.models[0])
-    return job.tensor(partial(scaled, factor=factor), job.models)
+    return job.tensor(partial(scaled, factor=factor), job.models, spreads=True)
 
 
 def slerp(job: Job) -> LazyTensor:
@@ -173,7 +174,11 @@ def _trimmed(job: Job, kept: list[tuple[int, int] | None], *, elect: bool) -> La
     )
     if all(ranks is None for ranks in kept):
         return job.tensor(partial(kernel, measured=kept))
-    return job.tensor(kernel, measure=partial(magnitude_bounds, kept=kept, compute=job.compute))
+    return job.tensor(
+        kernel,
+        measure=partial(magnitude_bounds, kept=kept, compute=job.compute),
+        measures_all=all(ranks is not None and 0 < ranks[0] < ranks[1] for ranks in kept),
+    )
 
 
 def dropped(job: Job, *, elect: bool, by_rank: bool) -> LazyTensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError
@@ -29,17 +31,89 @@ def known_finite(tensor: LazyTensor, where: str) -> LazyTensor:
 
 def unchecked(tensor: LazyTensor) -> LazyTensor:
     """What `finite` was given: bytes that are only copied stay a copy from file to file."""
-    checked = isinstance(tensor.kernel, partial) and tensor.kernel.func is _require_finite
-    return tensor.inputs[0] if checked else tensor
+    return tensor.inputs[0] if _check_of(tensor) is not None else tensor
+
+
+def checked_after(tensor: LazyTensor) -> LazyTensor:
+    """`tensor`, whose inputs are looked at only where its own rows aren't finite: one look in the
+    place of one at every input. For kernels in which whatever isn't finite shows in the result."""
+    checks = tuple(_check_of(source) for source in tensor.inputs)
+    if not any(checks) or tensor.kernel is None:
+        return tensor
+    kernel, tally = tensor.kernel, tensor.tally
+    return replace(
+        tensor,
+        inputs=tuple(map(unchecked, tensor.inputs)),
+        kernel=partial(_look_after, kernel=kernel, checks=checks),
+        tally=None if tally is None else partial(_tally_after, tally=tally, checks=checks),
+    )
+
+
+def checked_in_measure(tensor: LazyTensor) -> LazyTensor:
+    """`tensor`, whose inputs are looked at as they are measured, and not again by the kernel."""
+    assert tensor.measure is not None
+    measure = partial(_measure_checked, measure=tensor.measure, checked=tensor.inputs)
+    return replace(tensor, inputs=tuple(map(unchecked, tensor.inputs)), measure=measure)
+
+
+Check = Callable[["torch.Tensor"], "torch.Tensor"]
+
+
+def _check_of(tensor: LazyTensor) -> Check | None:
+    kernel = tensor.kernel
+    checks = isinstance(kernel, partial) and kernel.func is _require_finite
+    return kernel if checks else None
+
+
+def _look_after(
+    *rows: torch.Tensor,
+    kernel: Callable[..., torch.Tensor],
+    checks: Sequence[Check | None],
+    **options: Any,
+) -> torch.Tensor:
+    made = kernel(*rows, **options)
+    if not _is_finite(made):  # or they were all finite, and the result is too large for its type
+        _check_all(rows, checks)
+    return made
+
+
+def _tally_after(
+    *rows: torch.Tensor,
+    tally: Callable[..., tuple[torch.Tensor, float]],
+    checks: Sequence[Check | None],
+) -> tuple[torch.Tensor, float]:
+    made, number = tally(*rows)
+    if not _is_finite(made):
+        _check_all(rows, checks)
+    return made, number
+
+
+def _check_all(rows: Sequence[torch.Tensor], checks: Sequence[Check | None]) -> None:
+    for part, check in zip(rows, checks, strict=True):
+        if check is not None:
+            check(part)
+
+
+def _measure_checked(
+    _: tuple[LazyTensor, ...],
+    *,
+    measure: Callable[[tuple[LazyTensor, ...]], Any],
+    checked: tuple[LazyTensor, ...],
+) -> Any:
+    return measure(checked)
 
 
 def _require_finite(rows: torch.Tensor, *, where: str) -> torch.Tensor:
-    if not rows.numel():
-        return rows
-    low, high = rows.aminmax()  # NaN if there is one; many times faster than isfinite
-    if not float(low) > float("-inf") or not float(high) < float("inf"):
+    if not _is_finite(rows):
         raise FormatError(
             f"{where} holds NaN or infinity, and nothing can be computed of that: the file is "
             f"damaged, or training diverged"
         )
     return rows
+
+
+def _is_finite(rows: torch.Tensor) -> bool:
+    if not rows.numel():
+        return True
+    low, high = rows.aminmax()  # NaN if there is one; many times faster than isfinite
+    return float(low) > float("-inf") and float(high) < float("inf")

@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES, DType
+from surgery.merging.finite import checked_after, checked_in_measure
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -64,9 +65,15 @@ class Job:
         inputs: Inputs | None = None,
         measure: Callable[[Inputs], Any] | None = None,
         rowwise: bool = True,
+        spreads: bool = False,
+        measures_all: bool = False,
     ) -> LazyTensor:
-        """What `kernel` makes of `inputs`, by default all of them."""
-        return LazyTensor(
+        """What `kernel` makes of `inputs`, by default all of them.
+
+        What isn't finite is looked for in every input as it is read; once, in the result, if the
+        kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
+        """
+        made = LazyTensor(
             self.models[0].shape,
             self.wide if self.bare else self.dtype,
             inputs=self.inputs if inputs is None else inputs,
@@ -74,3 +81,6 @@ class Job:
             rowwise=rowwise,
             measure=measure,
         )
+        if measures_all:
+            return checked_in_measure(made)
+        return checked_after(made) if spreads else made

@@ -18,6 +18,7 @@ from surgery.kernels import elementwise, fusion
 from surgery.kernels.merging import Combination, updates
 from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
+from surgery.merging.finite import unchecked
 from surgery.tensor import LazyTensor
 
 Inputs = tuple[LazyTensor, ...]
@@ -155,13 +156,14 @@ def _samples(
         length = BLOCK_ELEMENTS // 16
         spans = ((at, at + length) for at in range(0, first.rows - length, first.rows // 4))
         step = 1
-    parts: dict[int, list[numpy.ndarray]] = {at: [] for at in models}
+    plain = [unchecked(inputs[at]) for at in (0, *(1 + at for at in models))]
+    parts: list[list[torch.Tensor]] = [[] for _ in plain]
     for start, stop in spans:
-        tuned = [inputs[1 + at].read(start, stop) for at in models]
-        _, taus = updates(first.read(start, stop), tuned, compute)
-        for at, tau in zip(models, taus, strict=True):
-            parts[at].append(tau.reshape(-1)[::step].abs().numpy())
-    return {at: numpy.sort(numpy.concatenate(found)) for at, found in parts.items()}
+        for tensor, found in zip(plain, parts, strict=True):
+            found.append(tensor.read(start, stop).reshape(-1)[::step])
+    base, *tuned = map(torch.cat, parts)
+    _, taus = updates(base, tuned, compute)
+    return {at: numpy.sort(tau.abs_().numpy()) for at, tau in zip(models, taus, strict=True)}
 
 
 def selected_shares(

@@ -12,9 +12,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy.infer import WIDTHS_KEY
+from surgery.anatomy.infer import WIDTH_KEYS_KEY, WIDTHS_KEY
 from surgery.checkpoint import Checkpoint
-from surgery.errors import UnsupportedError
+from surgery.errors import SurgeryError, UnsupportedError
+from surgery.modeling.block_keys import classes_by_keys
+from surgery.modeling.limits import counted
 from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import build_config, model_class
 from surgery.modeling.widths import MODELING_FILE, load_classes, modeling_file
@@ -47,7 +49,12 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
     if device != "cpu":
         options["device_map"] = {"": device}
     config = build_config(checkpoint.settled_config)
-    with quiet() as messages, _one_at_a_time(), torch.random.fork_rng(devices=[]):
+    with (
+        quiet() as messages,
+        _one_at_a_time(),
+        counted(checkpoint.numel),
+        torch.random.fork_rng(devices=[]),
+    ):
         torch.manual_seed(0)  # parameters that the checkpoint lacks are alike on both sides
         try:
             model, info = cls.from_pretrained(
@@ -58,7 +65,9 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
                 output_loading_info=True,
                 **options,
             )
-        except (RuntimeError, ValueError) as error:
+        except SurgeryError:
+            raise
+        except Exception as error:  # of any type: the config is a stranger's
             raise UnsupportedError(
                 f"{checkpoint.source.reference}: transformers can't load the weights into "
                 f"{cls.__name__}: " + "; ".join([*messages, str(error)])
@@ -72,6 +81,8 @@ def class_to_build(checkpoint: Checkpoint) -> Any:
     """The stock class, or ours of the same name where layers differ in width. The modeling file
     is made anew: what lies beside the shards isn't run."""
     cls = model_class(checkpoint.config)
+    if WIDTH_KEYS_KEY in checkpoint.config:
+        return getattr(classes_by_keys(checkpoint.config), cls.__name__)
     if WIDTHS_KEY not in checkpoint.config:
         return cls
     made = checkpoint.companions.get(MODELING_FILE)

@@ -15,6 +15,7 @@ from surgery.anatomy.residual import writes_to_residual
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.modeling.build import class_to_build
+from surgery.modeling.limits import counted
 from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import block_modules, build_config
 
@@ -75,7 +76,7 @@ def _empty_model(checkpoint: Checkpoint) -> Any:
     config = build_config(checkpoint.settled_config)
     for part in (config, config.get_text_config()):
         part.use_cache, part._attn_implementation = False, "eager"
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet(), counted():
         return class_to_build(checkpoint)(config).eval()
 
 

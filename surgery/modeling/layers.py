@@ -9,7 +9,7 @@ from typing import Any
 
 from surgery.errors import UnsupportedError
 from surgery.modeling.quiet import quiet
-from surgery.modeling.stock import block_modules, build_config, model_class
+from surgery.modeling.stock import block_modules, build_config, empty_model, model_class
 
 _NUMBERING = ("layer_idx", "layer_id", "layer_number", "block_idx", "training")
 """Attributes that say which block a module is in: those change, and nothing is made of them
@@ -48,13 +48,7 @@ def completed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
     """The model of this config, built without weights."""
-    import torch
-
-    def build() -> Any:
-        with torch.device("meta"), quiet():
-            return model_class(config)(build_config(config))
-
-    model = _or_refuse(config, build)
+    model = _or_refuse(config, lambda: empty_model(config))
     blocks = block_modules(model, stack)
     inside = {id(parameter) for parameter in blocks.parameters()}
     return Built(
@@ -70,12 +64,17 @@ def built_blocks(config: Mapping[str, Any], stack: str) -> Built:
 def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that `save_pretrained` would write for this config, by the names
     that it would give them."""
+    return shapes_of(config, _or_refuse(config, lambda: model_class(config)))
+
+
+def shapes_of(config: Mapping[str, Any], cls: Any) -> dict[str, tuple[int, ...]]:
+    """The same for a class that is given."""
     import torch
     from transformers.core_model_loading import revert_weight_conversion
 
     def build() -> dict[str, torch.Tensor]:
+        model = empty_model(config, cls)
         with torch.device("meta"), quiet():
-            model = model_class(config)(build_config(config))
             return dict(revert_weight_conversion(model, model.state_dict()))
 
     tensors = _or_refuse(config, build)

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from surgery.modeling.quiet import quiet
-from surgery.modeling.stock import build_config, model_class
+from surgery.modeling.stock import empty_model
 
 
 @dataclass(frozen=True)
@@ -27,8 +26,7 @@ def layers(config: Mapping[str, Any]) -> dict[str, Layer]:
     import torch
     from transformers.pytorch_utils import Conv1D
 
-    with torch.device("meta"), quiet():
-        model = model_class(config)(build_config(config))
+    model = empty_model(config)
     return {
         name: Layer(
             parameters=tuple(parameter for parameter, _ in module.named_parameters(recurse=False)),

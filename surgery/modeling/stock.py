@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from surgery.errors import UnsupportedError
+from surgery.modeling.limits import check_counts, counted
 from surgery.modeling.quiet import quiet
+from surgery.untrusted import brief
 
 _REMOTE_KEYS = ("auto_map", "custom_pipelines")
 _TUNING_KEYS = ("fusion_config", "attn_implementation", "experts_implementation")
@@ -20,18 +22,32 @@ def build_config(config: Mapping[str, Any]) -> Any:
     """The config object that AutoConfig would make of `config.json`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    values = _with_infinities(copy.deepcopy(dict(config)))
+    check_counts(config)
+    values = copy.deepcopy(dict(config))
     for key in (*_REMOTE_KEYS, *_TUNING_KEYS):
         values.pop(key, None)
     model_type = values.get("model_type")
     if model_type == "mistral" and "layer_types" in values:  # AutoConfig's own rule
         model_type = values["model_type"] = "ministral"
-    if model_type not in CONFIG_MAPPING:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedError(
-            f"the installed transformers doesn't know the model type {model_type!r}, so the "
+            f"the installed transformers doesn't know the model type {brief(model_type)}, so the "
             f"model can't be built"
         )
-    return CONFIG_MAPPING[model_type].from_dict(values)
+    try:
+        return CONFIG_MAPPING[model_type].from_dict(_with_infinities(values))
+    except Exception as error:  # config classes check themselves, and raise errors of many types
+        raise UnsupportedError(
+            f"transformers can't make a config of the type {model_type} of this: {error}"
+        ) from error
+
+
+def empty_model(config: Mapping[str, Any], cls: Any = None) -> Any:
+    """The model of this config without weights, on the meta device: the stock one, or a `cls`."""
+    import torch
+
+    with torch.device("meta"), quiet(), counted():
+        return (cls or model_class(config))(build_config(config))
 
 
 def _with_infinities(value: Any) -> Any:
@@ -49,8 +65,11 @@ def model_class(config: Mapping[str, Any]) -> Any:
     from transformers.models.auto import modeling_auto as auto
 
     built = build_config(config)
-    for name in built.architectures or ():
-        found = getattr(transformers, name, None) or _beside(built, name)
+    named = built.architectures if isinstance(built.architectures, (list, tuple)) else ()
+    for name in named:
+        if not isinstance(name, str):
+            continue
+        found = getattr(transformers, name, None) or _beside(type(built), name)
         if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
             continue
         expected = getattr(found, "config_class", None)
@@ -70,10 +89,10 @@ def model_class(config: Mapping[str, Any]) -> Any:
     raise UnsupportedError(f"transformers has no model class for {type(built).__name__}")
 
 
-def _beside(config: Any, name: str) -> Any:
+def _beside(config_class: type, name: str) -> Any:
     """A class that transformers doesn't export (a part of a larger model), from the modules beside
     that of its config's class."""
-    package = type(config).__module__.rpartition(".")[0]
+    package = config_class.__module__.rpartition(".")[0]
     if not package.startswith("transformers."):
         return None
     for module in pkgutil.iter_modules(importlib.import_module(package).__path__):
@@ -101,10 +120,7 @@ def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
 
 def block_path(config: Mapping[str, Any], stack: str) -> str:
     """The path, inside the base model, of the list of blocks that is `stack` on disk."""
-    import torch
-
-    with torch.device("meta"), quiet():
-        model = model_class(config)(build_config(config))
+    model = empty_model(config)
     blocks = block_modules(model, stack)
     for name, module in model.base_model.named_modules():
         if module is blocks:

@@ -9,6 +9,7 @@ experts and plain layers together, or those of several stacks.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,6 +23,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]
 """A key, and the keys that it is nested under."""
 
+_BLOCK = re.compile(r".*?\.\d+\.")
 MOST_TIMES = 64
 """A key whose value goes more often into a width isn't tried."""
 
@@ -47,29 +49,38 @@ def find_width_keys(
     wanted: Shapes,
     widths: Iterable[tuple[int, int]],
     along: Shapes | None = None,
+    within: tuple[str, ...] = (),
 ) -> Found:
     """The keys to set so that the tensors `wanted`, and no others, get those shapes; no values
     if there are none. `have` are the shapes in the files, `widths` are the (old, new) widths;
     tensors of `along` may get those other shapes with them, and are `shared` if they have to.
-    Tensors that the files lack, since they are tied to others, may do what they like.
+    Where `within` is given, tensors whose names don't begin so don't matter. Tensors that the
+    files lack, since they are tied to others, may do what they like.
 
     Raises NotComparableError where the stock model of `config` hasn't got those tensors.
     """
     now = _shapes(config) if known(config) else None
-    names = _as_stored(now, have, wanted) if now is not None else None
-    if now is None or names is None:
+    prefixes = _prefixes(now, have, wanted) if now is not None else None
+    if now is None or prefixes is None:
         raise NotComparableError(
             "the stock model of this config doesn't have these tensors in these shapes"
         )
-    target = {names[name]: shape for name, shape in wanted.items()}
+    names = {
+        name: own
+        for name, shape in have.items()
+        if name.startswith(prefixes[1]) and now.get(own := as_stored(name, prefixes)) == shape
+    }
+    target = {names[name]: shape for name, shape in wanted.items() if name in names}
     beside = {names[name]: shape for name, shape in (along or {}).items() if name in names}
     lacking = now.keys() - set(names.values())
+    inside = tuple(as_stored(name, prefixes) for name in within) or ("",)
+    now = {name: shape for name, shape in now.items() if name.startswith(inside)}
     found, idle, shared = Found(), {}, set[str]()
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
         if path in found.values or covered == target:
             continue
-        changed = _changes(now, lacking, config, {path: value})
+        changed = _changes(now, lacking, config, {path: value}, inside)
         wrong = {name: shape for name, shape in changed.items() if target.get(name) != shape}
         if wrong:
             if len(wrong) < len(changed):
@@ -83,7 +94,7 @@ def find_width_keys(
             idle[path] = value  # it may do nothing, or nothing alone
     if covered != target and idle:
         found.values |= idle
-    if not found.values or _changes(now, lacking, config, found.values) != target:
+    if not found.values or _changes(now, lacking, config, found.values, inside) != target:
         found.values = {}
         found.shared = frozenset(name for name in along or {} if names.get(name) in shared)
     return found
@@ -116,32 +127,52 @@ def _shapes_of(config: str) -> dict[str, tuple[int, ...]] | None:
 
 
 def _changes(
-    now: Shapes, lacking: Collection[str], config: Mapping[str, Any], values: Mapping[Path, Any]
+    now: Shapes,
+    lacking: Collection[str],
+    config: Mapping[str, Any],
+    values: Mapping[Path, Any],
+    inside: tuple[str, ...],
 ) -> dict[str, tuple[int, ...]]:
     """The tensors that change shape with these values, without those that are `lacking` in the
     files: none where that can't be built."""
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
+    made = {name: shape for name, shape in made.items() if name.startswith(inside)}
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
     changed |= {name: () for name in now if name not in made}
     return {name: shape for name, shape in changed.items() if name not in lacking}
 
 
-def _as_stored(now: Shapes, have: Shapes, wanted: Iterable[str]) -> dict[str, str] | None:
-    """The stock model's name of each tensor in the files, of which the wanted ones have to be
-    there. Files of a base model lack the prefix that a model with a head has, and the other way
-    round."""
+def as_stored(name: str, prefixes: tuple[str, str]) -> str:
+    """The stock model's name of a tensor, or of what its name begins with."""
+    add, cut = prefixes
+    return add + name.removeprefix(cut)
+
+
+def _prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] | None:
+    """What to put before a name, and what to take from it, to have the stock model's. Files of a
+    base model lack the prefix that a model with a head has, and the other way round. Blocks that
+    the stock class ignores (those that predict further tokens) don't count, if they change as the
+    others do."""
     prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
-        names = {
-            name: own
-            for name, shape in have.items()
-            if name.startswith(cut) and now.get(own := add + name.removeprefix(cut)) == shape
-        }
-        if all(name in names for name in wanted):
-            return names
+        names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
+        kept = {name: stored for name, stored in names.items() if stored in now}
+        changes = {(have[name], wanted[name]) for name in kept}
+        if (
+            len(names) == len(wanted)
+            and all(now[stored] == have[name] for name, stored in kept.items())
+            and all((have[n], wanted[n]) in changes for n in names.keys() - kept.keys())
+            and _blocks(names[n] for n in names.keys() - kept.keys()).isdisjoint(_blocks(now))
+        ):
+            return add, cut
     return None
+
+
+def _blocks(names: Iterable[str]) -> set[str]:
+    """What comes before the first number of each name, and the number."""
+    return {match.group(0) if (match := _BLOCK.match(name)) else name for name in names}
 
 
 def _candidates(

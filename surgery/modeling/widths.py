@@ -17,7 +17,7 @@ from typing import Any
 from surgery.anatomy import MLP
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
-from surgery.modeling.stock import auto_classes, block_path
+from surgery.modeling.stock import auto_classes, block_path, model_class
 
 MODULE = "modeling_mlp_widths"
 MODELING_FILE = f"{MODULE}.py"
@@ -54,19 +54,31 @@ def modeling_file(base: Checkpoint, mlps: Sequence[MLP]) -> tuple[dict[str, str]
             f"{base.source.reference} brings modeling code of its own, which can't be told about "
             f"layers of different widths: grow all layers alike, or pass --uniform"
         )
-    mapped = auto_classes(base.config)
     layout = _layout(base, mlps)
-    stock = list(dict.fromkeys(mapped.values()))
-    first_auto = {name: next(auto for auto, n in mapped.items() if n == name) for name in stock}
+    mapped, first_auto = stock_classes(base.config)
     classes = "\n\n\n".join(
-        f'class {name}(_MLPWidths, transformers.{name}):\n    _auto_class = "{first_auto[name]}"'
-        for name in stock
+        f'class {name}(_MLPWidths, transformers.{name}):\n    _auto_class = "{auto}"'
+        for name, auto in first_auto.items()
     )
     text = resources.files(__package__).joinpath("template.txt").read_text(encoding="utf-8")
     for key in ("blocks", "up", "down", "fused"):
         text = text.replace(f"@{key.upper()}@", repr(getattr(layout, key)))
     text = text.replace("@CLASSES@", classes)
     return {auto: f"{MODULE}.{name}" for auto, name in mapped.items()}, text.encode()
+
+
+def stock_classes(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The stock class of each auto class that builds this config, and for each stock class the
+    first of those."""
+    mapped = auto_classes(config)
+    own = model_class(config).__name__
+    if own not in mapped.values():  # a class for a part of the model, which no auto class builds
+        auto = "AutoModelForCausalLM" if own.endswith("ForCausalLM") else "AutoModel"
+        mapped = {**mapped, auto: own}
+    first: dict[str, str] = {}
+    for auto, name in mapped.items():
+        first.setdefault(name, auto)
+    return mapped, first
 
 
 def load_classes(source: bytes) -> types.ModuleType:

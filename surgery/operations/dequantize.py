@@ -6,7 +6,7 @@ quantization/fp8.py for what is turned back.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Literal
@@ -17,7 +17,7 @@ from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.operations.dtype import KEYS, with_dtype
 from surgery.operations.pairs import refusal
-from surgery.quantization.fp8 import Layout, dequantized_tensor, find_layout
+from surgery.quantization.fp8 import Layout, Scaled, dequantized_tensor
 from surgery.quantization.schemes import without_quantization
 from surgery.tensor import LazyTensor
 
@@ -61,6 +61,25 @@ def computable(**models: Checkpoint) -> list[Checkpoint]:
     ]
 
 
+def values(model: Checkpoint, names: Container[str] | None = None) -> Checkpoint:
+    """The model with what those of its 8-bit floats (all unless given) stand for, in float32, and
+    without their scales; the rest as it is stored. Raises UnsupportedError for what is packed in
+    another way."""
+    chosen = [s for n, s in scaled_weights(model).items() if names is None or n in names]
+    made = {found.weight: dequantized_tensor(model, found) for found in chosen}
+    gone = {found.scale for found in chosen}
+    tensors = {name: made.get(name, tensor) for name, tensor in model.items() if name not in gone}
+    return replace(model, tensors=tensors)
+
+
+def scaled_weights(base: Checkpoint) -> Mapping[str, Scaled]:
+    """The weights of a base that have scales; none if it isn't quantized. Raises UnsupportedError
+    for what is packed in another way."""
+    layouts, problems = _layouts({"base": base})
+    UnsupportedError.raise_if(problems)
+    return layouts["base"].scaled if layouts else {}
+
+
 def _layouts(models: Mapping[str, Checkpoint]) -> tuple[dict[str, Layout], list[str]]:
     """How the weights of those that are quantized are scaled, by role; and what is wrong."""
     layouts: dict[str, Layout] = {}
@@ -68,10 +87,10 @@ def _layouts(models: Mapping[str, Checkpoint]) -> tuple[dict[str, Layout], list[
     for role, model in models.items():
         if (found := model.quantization) is None:
             continue
-        if not found.scaled:
+        if (layout := model.scales) is None:
             problems.append(refusal(model, role, found))
             continue
-        layouts[role] = layout = find_layout(model.tensors, model.config)
+        layouts[role] = layout
         where = f"{model.source.reference} ({role})"
         problems += [f"{where}: {problem}" for problem in layout.problems]
         if not layout.scaled and not layout.problems:
@@ -86,7 +105,7 @@ def _dequantized(model: Checkpoint, layout: Layout, dtype: DType) -> Checkpoint:
     made = {
         name: _rounded(dequantized_tensor(model, s), dtype) for name, s in layout.scaled.items()
     }
-    gone = {found.scale for found in layout.scaled.values()} | set(layout.activations)
+    gone = layout.weight_of.keys()
     described = [name for name in DESCRIPTIONS if name in model.companions]
     kept = replace(
         model,
@@ -101,7 +120,7 @@ def _dequantized(model: Checkpoint, layout: Layout, dtype: DType) -> Checkpoint:
         "dequantize",
         {"dtype": dtype.torch_name},
         {"model": model.source},
-        {"tensors": len(made), "activation_scales": list(layout.activations)},
+        {"tensors": len(made), "activation_scales": sorted(layout.activations)},
     )
     notes = _notes(model, layout, dtype)
     return kept.edited(edit, made, with_dtype(config, dtype), companions, notes)
@@ -115,7 +134,7 @@ def _notes(model: Checkpoint, layout: Layout, dtype: DType) -> tuple[str, ...]:
     notes = [first]
     if layout.activations:
         notes.append(
-            f"{len(layout.activations):,} scales of activations ({layout.activations[0]}, ...) "
+            f"{len(layout.activations):,} scales of activations ({min(layout.activations)}, ...) "
             f"were left out: they belong to products of 8-bit floats"
         )
     return tuple(notes)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
 from math import ceil, isfinite
+from pathlib import Path
 from typing import Any, Literal
 
 from surgery.anatomy import MLP
@@ -18,11 +20,13 @@ from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
+from surgery.operations.dequantize import scaled_weights, values
 from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.neurons import grown_tensors
-from surgery.operations.pairs import check_unquantized
+from surgery.operations.scales import check_blocks, grown_scales, neurons_in_a_block
 from surgery.operations.scope import chosen_stacks, may_follow
 from surgery.operations.widths import widened_along, widened_config
+from surgery.quantization.fp8 import Scaled
 from surgery.tensor import LazyTensor
 from surgery.values import noise
 
@@ -66,30 +70,38 @@ def grow(
     the "routed" or the "shared" ones alone. Experts that lie in one tensor copy the same neurons.
     A shared MLP that is as wide as several routed experts together stays so.
 
+    Weights of 8-bit floats with scales are copied as they are, in the blocks that share a scale,
+    and the scales of outgoing weights are split; what such a layout doesn't allow is refused.
+
     Raises ArgumentError or UnsupportedError before any tensor is written. Only `choose="norm"`
     reads tensors here.
     """
     _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break)
-    check_unquantized(base=base)
+    scaled = scaled_weights(base)
     stacks, left = chosen_stacks(base, scope)
     mlps = _chosen(base, stacks, layers, experts)
+    units = _units(base, mlps, scaled, symmetry_break)
     widths = _new_widths(base, mlps, factor, width, multiple_of)
     growths = [
-        _growth(base, mlp, wide, choose, seed) for mlp, wide in zip(mlps, widths, strict=True)
+        _growth(base, mlp, wide, choose, seed, unit)
+        for mlp, wide, unit in zip(mlps, widths, units, strict=True)
     ]
-    if layers.strip() == "all" and experts == "all":
-        others = [
-            _growth(base, mlp, _new_width(mlp, factor, width, multiple_of), choose, seed)
-            for mlp in may_follow(base, mlps, scope)
-            if width is None or width > mlp.width
-        ]
-        growths += widened_along(base, growths, others)
+    check_blocks(base, growths, scaled)
+    follow = may_follow(base, mlps, scope)
+    others = [
+        _growth(base, mlp, _new_width(mlp, factor, width, multiple_of), choose, seed, unit)
+        for mlp in (follow if layers.strip() == "all" and experts == "all" else ())
+        if (width is None or width > mlp.width) and (unit := _unit(base, mlp, scaled))
+    ]
     if uniform:
-        growths = _padded(base, growths)
+        growths, config, companions = _settled_alike(base, growths, others, follow)
+    else:
+        growths, config, companions = _settled(base, growths, others)
+    check_blocks(base, growths, scaled)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
-        tensors |= grown_tensors(base, growth, symmetry_break, seed)
-    config, companions = widened_config(base, growths)
+        tensors |= grown_tensors(base, growth, symmetry_break, seed, unsplit=scaled)
+        tensors |= grown_scales(base, growth, scaled)
     edit = Edit(
         "grow",
         {
@@ -108,6 +120,50 @@ def grow(
         {"mlps": [growth.as_json() for growth in growths]},
     )
     return base.edited(edit, tensors, config, companions, notes=left + _notes(base, growths))
+
+
+_Settled = tuple[list[Growth], dict[str, Any], dict[str, Path | bytes]]
+"""Growths, and the config and the companion files after them."""
+
+
+def _settled(base: Checkpoint, growths: list[Growth], others: Sequence[Growth]) -> _Settled:
+    """With those of `others` that a key of the config widens along, if stock classes can load the
+    result so; else without them."""
+    if along := widened_along(base, growths, others):
+        with suppress(UnsupportedError):  # the refusal without them is the one to tell
+            together = [*growths, *along]
+            return together, *widened_config(base, together, stock=True)
+    return growths, *widened_config(base, growths)
+
+
+def _settled_alike(
+    base: Checkpoint, growths: list[Growth], others: Sequence[Growth], follow: Sequence[MLP]
+) -> _Settled:
+    """With zero neurons so that stock classes can load the result: also for MLPs that may follow,
+    where a key widens them along and `others` doesn't say how they grow."""
+    ways: list[list[Growth]] = []
+    for kinds in (True, False):  # one key may set the widths of several kinds
+        padded = _padded(base, growths, kinds=kinds)
+        padded += widened_along(base, padded, others or _zeros(padded, follow))
+        if padded not in ways:
+            ways.append(padded)
+    for way in ways[:-1]:
+        with suppress(UnsupportedError):
+            return way, *widened_config(base, way, stock=True)
+    return ways[-1], *widened_config(base, ways[-1], stock=True)
+
+
+def _zeros(growths: Sequence[Growth], follow: Sequence[MLP]) -> list[Growth]:
+    """Zero neurons for MLPs that are as wide as one that grows was."""
+    taken, widths = {growth.mlp for growth in growths}, defaultdict(set)
+    for growth in growths:
+        widths[growth.mlp.width].add(growth.width)
+    return [
+        Growth(mlp, wide, (), padding=wide - mlp.width)
+        for mlp in follow
+        if mlp not in taken and len(widths[mlp.width]) == 1
+        for wide in widths[mlp.width]
+    ]
 
 
 def _notes(base: Checkpoint, growths: Sequence[Growth]) -> tuple[str, ...]:
@@ -148,7 +204,7 @@ def _check_arguments(
         problems.append(f"choose is {choose!r}, and has to be 'first', 'random' or 'norm'")
     if not 0 <= symmetry_break < 0.5:
         problems.append(f"symmetry_break is {symmetry_break}, and has to be in [0, 0.5)")
-    elif symmetry_break:
+    elif symmetry_break and base.quantization is None:
         for mlp in base.anatomy.every_mlp:
             dtype = base[mlp.down.weight].dtype
             if dtype.kind == "float" and symmetry_break < _resolution(dtype.name):
@@ -235,45 +291,76 @@ def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: i
     return rounded
 
 
-def _growth(base: Checkpoint, mlp: MLP, width: int, choose: Choose, seed: int) -> Growth:
+def _units(
+    base: Checkpoint, mlps: Sequence[MLP], scaled: Mapping[str, Scaled], symmetry_break: float
+) -> list[int]:
+    """How many neurons of each MLP have to be copied together."""
+    units, refused = [], []
+    for mlp in mlps:
+        try:
+            units.append(neurons_in_a_block(base, mlp, scaled))
+        except UnsupportedError as error:
+            refused += [f"{mlp.stack}.{mlp.block} can't be grown: {p}" for p in error.problems]
+    if scaled and symmetry_break:
+        refused.append(
+            f"{base.source.reference} holds 8-bit floats, which have to be copied as they are: "
+            f"symmetry_break needs `surgery dequantize` first"
+        )
+    UnsupportedError.raise_if(dict.fromkeys(refused))
+    return units
+
+
+def _unit(base: Checkpoint, mlp: MLP, scaled: Mapping[str, Scaled]) -> int:
+    """The same for one that need not grow: 0 where it can't."""
+    try:
+        return neurons_in_a_block(base, mlp, scaled)
+    except UnsupportedError:
+        return 0
+
+
+def _growth(base: Checkpoint, mlp: MLP, width: int, choose: Choose, seed: int, unit: int) -> Growth:
     rounds, rest = divmod(width - mlp.width, mlp.width)
-    copied = [(0, mlp.width)] * rounds + list(_some(base, mlp, rest, choose, seed))
+    copied = [(0, mlp.width)] * rounds + list(_some(base, mlp, rest, choose, seed, unit))
     return Growth(mlp, width, tuple(copied))
 
 
-def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int) -> Ranges:
-    """`count` of the MLP's neurons, as ranges in ascending order."""
+def _some(base: Checkpoint, mlp: MLP, count: int, choose: Choose, seed: int, unit: int) -> Ranges:
+    """`count` of the MLP's neurons, as ranges in ascending order: whole runs of `unit`."""
     if count == 0:
         return ()
     if choose == "first":
         return ((0, count),)
     if choose == "random":
-        scores = noise((mlp.width,), seed, f"choose:{mlp.down.weight}").read()
+        scores = noise((mlp.width // unit,), seed, f"choose:{mlp.down.weight}").read()
     else:
         from surgery.measure import neuron_norms
 
-        scores = neuron_norms(base, mlp)
-    best = scores.argsort(descending=True, stable=True)[:count]
-    return as_ranges(sorted(best.tolist()))
+        scores = neuron_norms(values(base), mlp).reshape(-1, unit).sum(1)
+    best = scores.argsort(descending=True, stable=True)[: count // unit]
+    return tuple((unit * start, unit * stop) for start, stop in as_ranges(sorted(best.tolist())))
 
 
-def _padded(base: Checkpoint, growths: Sequence[Growth]) -> list[Growth]:
+def _padded(base: Checkpoint, growths: Sequence[Growth], *, kinds: bool = True) -> list[Growth]:
     """The growths, with zero neurons for every MLP that is narrower than the widest of its kind
-    and stack, whether it was to grow or not."""
+    and stack, whether it was to grow or not. Without `kinds`: than the widest of its stack and of
+    the width that it had, plain or an expert."""
+
+    def alike(mlp: MLP) -> tuple[str, str | int]:
+        return mlp.stack, mlp.kind if kinds else mlp.width
+
     chosen = {growth.mlp: growth for growth in growths}
-    kinds = {(growth.mlp.stack, growth.mlp.kind) for growth in growths}
+    wanted = {alike(growth.mlp) for growth in growths}
     everything = [
         chosen.get(mlp) or Growth(mlp, mlp.width, ())
         for mlp in base.anatomy.every_mlp
-        if (mlp.stack, mlp.kind) in kinds
+        if alike(mlp) in wanted
     ]
-    most: dict[tuple[str, str], int] = defaultdict(int)
+    most: dict[tuple[str, str | int], int] = defaultdict(int)
     for growth in everything:
-        kind = growth.mlp.stack, growth.mlp.kind
-        most[kind] = max(most[kind], growth.width)
+        most[alike(growth.mlp)] = max(most[alike(growth.mlp)], growth.width)
     padded = []
     for growth in everything:
-        wide = most[growth.mlp.stack, growth.mlp.kind]
+        wide = most[alike(growth.mlp)]
         if wide > growth.mlp.width:
-            padded.append(replace(growth, width=wide, padding=wide - growth.width))
+            padded.append(replace(growth, width=wide, padding=growth.padding + wide - growth.width))
     return padded

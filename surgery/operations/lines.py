@@ -5,14 +5,14 @@ from __future__ import annotations
 
 from functools import partial
 from math import isfinite
-from typing import Literal
+from typing import Any, Literal
 
 from surgery.anatomy import Anatomy, Place, Role
 from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DType
 from surgery.errors import ArgumentError
-from surgery.merging.finite import finite
+from surgery.merging.finite import checked_after, finite
 from surgery.operations.dequantize import computable
 from surgery.operations.pairs import check_pair, tied_head
 from surgery.tensor import LazyTensor
@@ -92,6 +92,9 @@ def lines(
         },
     )
     notes = base.notes[len(stored.notes) :]  # that it was dequantized
+    if not anatomy.stacks:
+        flat = f"no blocks were recognised, so that every tensor has the factor {alpha:g}"
+        notes += (f"{tuned.source.reference}: {flat}; a file for --anatomy can name them",)
     return tuned.edited(edit, tensors, tuned.settled_config, notes=notes, others=[base])
 
 
@@ -110,14 +113,16 @@ def scale_of(place: Place, anatomy: Anatomy, alpha: float, beta: float, outside:
 
 def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float, dtype: DType) -> LazyTensor:
     """base + scale * (tuned - base), in `dtype`."""
-    from surgery.kernels.updates import scale_update, update_square
+    from surgery.kernels.updates import scale_and_square, scale_update
 
     wide = tuned if tuned.dtype.bits >= base.dtype.bits else base
     compute = wide.dtype.compute
-    return LazyTensor(
+    how: dict[str, Any] = {"scale": scale, "compute": compute, "dtype": dtype.torch}
+    made = LazyTensor(
         tuned.shape,
         dtype,
         inputs=(base, tuned),
-        kernel=partial(scale_update, scale=scale, compute=compute, dtype=dtype.torch),
-        tally=partial(update_square, compute=compute),
+        kernel=partial(scale_update, **how),
+        tally=partial(scale_and_square, **how),
     )
+    return made if scale in (0, 1) else checked_after(made)  # those take one of the inputs

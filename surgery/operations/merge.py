@@ -301,7 +301,8 @@ class _Merging:
 
         assert self.base is not None
         job = replace(self._job(name), base=self._of(self.base, name), bare=True)
-        return job.tensor(partial(combine, combination=Combination(1.0, (1.0,) * len(job.models))))
+        chosen = Combination(1.0, (1.0,) * len(job.models))
+        return job.tensor(partial(combine, combination=chosen), spreads=True)
 
 
 def _float_type(name: str | None) -> DType | None:

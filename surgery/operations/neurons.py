@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,20 +19,34 @@ MANY_RUNS = 64
 
 
 def grown_tensors(
-    base: Mapping[str, LazyTensor], growth: Growth, symmetry_break: float, seed: int
+    base: Mapping[str, LazyTensor],
+    growth: Growth,
+    symmetry_break: float,
+    seed: int,
+    unsplit: Container[str] = (),
 ) -> dict[str, LazyTensor]:
-    """The tensors that widen, in the place of those of that name. `base` is asked for shapes."""
+    """The tensors that widen, in the place of those of that name. `base` is asked for shapes.
+    Outgoing weights of that name in `unsplit` are copied as they are: something else splits them."""
     tensors = {}
     for name, projection, axis in growth.mlp.axes():
         tensor = base[name]
         shape = growth.shape(tensor.shape, axis)
-        if projection is growth.mlp.down:
-            tensors[name] = _split(tensor, projection, growth, shape, symmetry_break, seed)
-        elif axis == len(shape) - 1 and axis > 0:
-            tensors[name] = _wider_columns(tensor, growth, projection, shape)
+        if projection is growth.mlp.down and name not in unsplit:
+            tensors[name] = split_neurons(
+                tensor, projection, growth, axis, shape, symmetry_break, seed
+            )
         else:
-            tensors[name] = _more_rows(tensor, growth, projection, shape)
+            tensors[name] = copied_neurons(tensor, projection, growth, axis, shape)
     return tensors
+
+
+def copied_neurons(
+    tensor: LazyTensor, projection: Projection, growth: Growth, axis: int, shape: tuple[int, ...]
+) -> LazyTensor:
+    """A tensor whose neurons lie along `axis`, with the copied ones behind: of that shape."""
+    if axis == len(shape) - 1 and axis > 0:
+        return _wider_columns(tensor, growth, projection, shape)
+    return _more_rows(tensor, growth, projection, shape)
 
 
 def _more_rows(
@@ -63,15 +77,16 @@ def _wider_columns(
     )
 
 
-def _split(
+def split_neurons(
     tensor: LazyTensor,
     down: Projection,
     growth: Growth,
+    axis: int,
     shape: tuple[int, ...],
-    symmetry_break: float,
-    seed: int,
+    symmetry_break: float = 0.0,
+    seed: int = 0,
 ) -> LazyTensor:
-    """The down projection, with the weights of every source split among its copies."""
+    """The same for a down projection, with the weights of every source split among its copies."""
     import numpy
 
     from surgery.kernels.split import split_columns, split_rows
@@ -79,7 +94,7 @@ def _split(
     ordinals, copies = growth.shares()
     draws = int(copies.max()) - 1 if symmetry_break else 0
     draw = [noise(tensor.shape, seed, f"{down.weight}:{m}") for m in range(draws)]
-    if not down.in_out:
+    if axis == len(shape) - 1:
         runs = ((0, growth.mlp.width), *growth.copied)
         plain = not symmetry_break and len(runs) <= MANY_RUNS
         plan = _column_plan(runs, growth.padding, tensor.dtype.torch, plain)

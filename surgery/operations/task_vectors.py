@@ -14,7 +14,7 @@ from surgery.anatomy import Role
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
-from surgery.merging.finite import finite
+from surgery.merging.finite import checked_after, finite
 from surgery.operations.dequantize import computable
 from surgery.operations.pairs import check_pair, tied_head
 from surgery.task_vector import TaskVector
@@ -109,7 +109,7 @@ def _applied(
         compute=wide.torch,
         dtype=dtype.torch,
     )
-    return LazyTensor(base.shape, dtype, inputs=(base, *taus), kernel=kernel)
+    return checked_after(LazyTensor(base.shape, dtype, inputs=(base, *taus), kernel=kernel))
 
 
 def _scales(scale: float | Sequence[float], count: int) -> tuple[float, ...]:

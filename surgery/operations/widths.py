@@ -4,13 +4,23 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from surgery.anatomy.infer import HIDDEN_KEYS, WIDTH_KEYS, WIDTHS_KEY, first, text_config
+from surgery.anatomy.infer import (
+    HIDDEN_KEYS,
+    WIDTH_KEYS,
+    WIDTH_KEYS_KEY,
+    WIDTHS_KEY,
+    first,
+    text_config,
+)
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
+from surgery.modeling.block_keys import gives, grown_shapes, keys_by_block
+from surgery.modeling.layers import known
 from surgery.modeling.width_keys import (
     Found,
     NotComparableError,
@@ -21,10 +31,11 @@ from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_m
 
 
 def widened_config(
-    base: Checkpoint, growths: Sequence[Growth]
+    base: Checkpoint, growths: Sequence[Growth], *, stock: bool = False
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
-    """The config after `growths`, and the companion files: with the modeling file if layers
-    differ, without it if they don't any more.
+    """The config after `growths`, and the companion files: with a modeling file if layers differ
+    or no key can say their width, without it if they don't any more. With `stock` the result has
+    to load without one.
 
     Raises UnsupportedError where the config has no key that sets the width, or where layers that
     differ can't be loaded.
@@ -33,6 +44,54 @@ def widened_config(
     config = without_auto_map(base.settled_config)
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
+    if WIDTH_KEYS_KEY in config:
+        raise UnsupportedError(
+            f"{base.source.reference} was grown before so that its layers differ by the keys of "
+            f"{WIDTH_KEYS_KEY}, and can't be grown again: grow what that was made of"
+        )
+    try:
+        return _by_its_own_keys(base, config, companions, growths)
+    except UnsupportedError:
+        if len({growth.mlp.stack for growth in growths}) > 1 and WIDTHS_KEY not in config:
+            with suppress(UnsupportedError):  # keys may set the widths of several stacks
+                return _with_keys(base, config, growths), companions
+        if stock:
+            raise
+        made = None
+        if known(config):
+            with suppress(UnsupportedError):  # what was refused first says more
+                made = _by_modeling_file(base, config, growths)
+        if made is None:
+            raise
+        return made[0], {**companions, MODELING_FILE: made[1]}
+
+
+def _by_modeling_file(
+    base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
+) -> tuple[dict[str, Any], bytes] | None:
+    """The config and the modeling file for widths that a key sets elsewhere too, or that no key
+    sets: 4 x hidden in the code."""
+    if made := keys_by_block(base, config, growths):
+        return made
+    widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
+    widths |= {(g.mlp.stack, g.mlp.block): g.width for g in growths if g.mlp.block is not None}
+    one = len(widths) == len(base.anatomy.mlps) and len({stack for stack, _ in widths}) == 1
+    if base.anatomy.experts or base.anatomy.several or WIDTHS_KEY in config or not one:
+        return None
+    resized, companions = _resized(base, config, {}, widths)
+    source = companions[MODELING_FILE]
+    assert isinstance(source, bytes)
+    return (resized, source) if gives(base, config, resized, source, growths) else None
+
+
+def _by_its_own_keys(
+    base: Checkpoint,
+    config: dict[str, Any],
+    companions: dict[str, Path | bytes],
+    growths: Sequence[Growth],
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """The config whose keys hold for all layers, or the width of each in `mlp_widths`."""
+    config = dict(config)
     if base.anatomy.experts:
         return _with_keys(base, config, growths), companions
     widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
@@ -45,7 +104,15 @@ def widened_config(
         except NotComparableError:  # what transformers doesn't know is told by its names
             if len({growth.mlp.stack for growth in growths}) > 1 or base.anatomy.several:
                 raise
-    return settle_widths(base, config, companions, widths, before)
+    made, companions = settle_widths(base, config, companions, widths, before)
+    source = companions.get(MODELING_FILE)
+    fresh = WIDTHS_KEY not in base.config and known(config)
+    if isinstance(source, bytes) and fresh and not gives(base, config, made, source, growths):
+        raise UnsupportedError(
+            f"{base.source.reference}: the MLPs of {config.get('model_type')} can't be resized in "
+            f"place, so layers of different widths can't be loaded: pass --uniform"
+        )
+    return made, companions
 
 
 def _layers_differ(base: Checkpoint, widths: Mapping[tuple[str, int], int]) -> bool:
@@ -64,7 +131,7 @@ def widened_along(
     config = without_auto_map(base.settled_config)
     joined: list[Growth] = []
     left = list(others)
-    while config and left and WIDTHS_KEY not in base.config:
+    while config and left and config.keys().isdisjoint((WIDTHS_KEY, WIDTH_KEYS_KEY)):
         try:
             found = _find_keys(base, config, [*growths, *joined], left)
         except NotComparableError:
@@ -106,15 +173,8 @@ def _with_keys(
 def _find_keys(
     base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth], others: Sequence[Growth]
 ) -> Found:
-    def grown(these: Sequence[Growth]) -> dict[str, tuple[int, ...]]:
-        return {
-            name: growth.shape(base[name].shape, axis)
-            for growth in these
-            for name, _, axis in growth.mlp.axes()
-        }
-
-    wanted, along = grown(growths), grown(others)
     have = {name: tensor.shape for name, tensor in base.items()}
+    wanted, along = grown_shapes(base, growths)[1], grown_shapes(base, others)[1]
     widths = {(growth.mlp.width, growth.width) for growth in (*growths, *others)}
     return find_width_keys(config, have, wanted, widths, along)
 
@@ -136,12 +196,26 @@ def settle_widths(
         )
     after = sorted(set(widths.values()))
     if len(after) == 1:
-        return _with_width(model, config, before, after[0]), companions
+        try:
+            return _with_width(model, config, before, after[0]), companions
+        except UnsupportedError:
+            if WIDTHS_KEY not in model.config:
+                raise
     if len(widths) != model.anatomy.stacks[stacks.pop()]:
         raise UnsupportedError(
             f"{model.source.reference} has layers without an MLP of this kind, and MLPs of "
             f"different widths beside them can't be loaded: grow all alike, or pass --uniform"
         )
+    return _resized(model, config, companions, widths)
+
+
+def _resized(
+    model: Checkpoint,
+    config: dict[str, Any],
+    companions: dict[str, Path | bytes],
+    widths: Mapping[tuple[str, int], int],
+) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
+    """With the modeling file that gives every block a width of its own."""
     made = {**config, WIDTHS_KEY: [width for _, width in sorted(widths.items())]}
     made["auto_map"], source = modeling_file(model, list(model.anatomy.mlps.values()))
     return made, {**companions, MODELING_FILE: source}

@@ -3,7 +3,7 @@
 A weight of 8-bit floats is cut into blocks, and each block has one scale, by which its values are
 multiplied: blocks of 128 x 128 (DeepSeek-V3's `weight_scale_inv`, which in spite of its name is a
 factor and no divisor), of one row (`weight_scale` of FBGEMM and of compressed-tensors'
-"channel"), or the whole matrix ("tensor").
+"channel"), of 32 in a row (MXFP8), or the whole matrix ("tensor", and ModelOpt's FP8).
 """
 
 from __future__ import annotations
@@ -15,24 +15,27 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES
-from surgery.quantization.schemes import FLOAT8, quantization_config, weight_groups
+from surgery.quantization.schemes import FLOAT8, microscaled, quantization_config, weight_groups
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import torch
 
 DEFAULT_BLOCK = (128, 128)
+MICROSCALED = (1, 32)
 ACTIVATIONS = ("input_scale", "activation_scale", "input_global_scale")
 """Scales of what goes into a quantized product: they are no part of the weight."""
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """A weight of 8-bit floats, the name of its scale, and the size of a block of it."""
+    """A weight of 8-bit floats, the name of its scale, and the size of a block of it. `fixed` says
+    that blocks have that size whatever the matrix's: else they run along it as far as it goes."""
 
     weight: str
     scale: str
     block: tuple[int, int]
+    fixed: bool = True
 
 
 @dataclass(frozen=True)
@@ -40,8 +43,14 @@ class Layout:
     """All weights that have scales, by name; the scales of activations; and what is wrong."""
 
     scaled: Mapping[str, Scaled]
-    activations: tuple[str, ...]
+    activations: Mapping[str, str]
+    """The weight beside which each lies, by its name."""
     problems: tuple[str, ...]
+
+    @property
+    def weight_of(self) -> dict[str, str]:
+        """The weight that a tensor belongs to, for every scale."""
+        return {found.scale: name for name, found in self.scaled.items()} | dict(self.activations)
 
 
 def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> Layout:
@@ -57,9 +66,13 @@ def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) ->
             problems.append(found)
         else:
             scaled[name] = found
-    stems = {name.removesuffix("weight") for name in scaled if name.endswith("weight")}
-    stems |= {f"{name}_" for name in scaled if not name.endswith("weight")}
-    activations = [stem + word for stem in stems for word in ACTIVATIONS if stem + word in tensors]
+    stems = {n.removesuffix("weight") if n.endswith("weight") else f"{n}_": n for n in scaled}
+    activations = {
+        stem + word: stems[stem]
+        for stem in sorted(stems)
+        for word in ACTIVATIONS
+        if stem + word in tensors
+    }
     used = {one.scale for one in scaled.values()}
     problems += [
         f"{name} is {tensor.dtype} {list(tensor.shape)}, and there is no weight of 8-bit floats "
@@ -67,7 +80,7 @@ def find_layout(tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) ->
         for name, tensor in tensors.items()
         if name.endswith(("_scale_inv", ".weight_scale")) and name not in used and not problems
     ]
-    return Layout(scaled, tuple(sorted(activations)), tuple(problems))
+    return Layout(scaled, activations, tuple(problems))
 
 
 def dequantized_tensor(tensors: Mapping[str, LazyTensor], found: Scaled) -> LazyTensor:
@@ -136,9 +149,9 @@ def _scaled(name: str, tensors: Mapping[str, LazyTensor], given: Mapping[str, An
     if scale.endswith("_scale"):
         sizes.append((1, columns))
     for height, width in sizes:
-        grid = (*outer, -(-rows // height), -(-columns // width))
+        grid = (*outer, -(-rows // max(1, height)), -(-columns // max(1, width)))
         if tensors[scale].shape in _ways_to_write(grid):
-            return Scaled(name, scale, (height, width))
+            return Scaled(name, scale, (height, width), fixed=(height, width) == block)
     return (
         f"{scale} is {list(tensors[scale].shape)}, and {name} is {list(weight.shape)}: that is no "
         f"scale for each {' or '.join(f'{height} x {width}' for height, width in sizes)} block"
@@ -157,11 +170,14 @@ def _ways_to_write(grid: tuple[int, ...]) -> set[tuple[int, ...]]:
 
 def _block_size(given: Mapping[str, Any]) -> tuple[int, int]:
     """What the config says of blocks, or what DeepSeek-V3 has."""
-    return _pair(given.get("weight_block_size")) or DEFAULT_BLOCK
+    default = MICROSCALED if microscaled(given) else DEFAULT_BLOCK
+    return _pair(given.get("weight_block_size")) or default
 
 
 def _strategy_block(given: Mapping[str, Any]) -> tuple[int, int] | None:
-    """The blocks of compressed-tensors' strategy of that name, if it is used."""
+    """The blocks of compressed-tensors' strategy of that name, if it is used, or of MXFP8."""
+    if microscaled(given):
+        return MICROSCALED
     groups = weight_groups(given)
     return next((pair for group in groups if (pair := _pair(group.get("block_structure")))), None)
 
@@ -177,7 +193,7 @@ def _bad_type(scale: LazyTensor, given: Mapping[str, Any]) -> str | None:
     if scale.dtype.name in ("F32", "BF16", "F16", "F8_E8M0"):
         return None
     if scale.dtype.name == "U8":
-        if given.get("scale_fmt") == "ue8m0":
+        if given.get("scale_fmt") == "ue8m0" or microscaled(given):
             return None
         return "bytes are exponents of two where quantization_config has scale_fmt ue8m0, and it hasn't"
     return "scales are floats"

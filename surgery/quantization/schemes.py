@@ -55,7 +55,7 @@ SCHEMES: Mapping[str, tuple[str, str]] = {
         "4-bit floats, two to a byte, with a scale for each 32",
         "load it with transformers and Mxfp4Config(dequantize=True), save that, and give it",
     ),
-    "mxfp8": ("8-bit floats with a scale for each 32", LOADED),
+    "mxfp8": ("8-bit floats with a scale for each 32", DEQUANTIZE),
     "nvfp4": ("4-bit floats, two to a byte, with a scale for each 16", LOADED),
     "compressed-tensors": ("integers or 4-bit floats of compressed-tensors", LOADED),
     "hqq": ("HQQ, packed integers with scales and zero points", ORIGINAL),
@@ -90,7 +90,8 @@ def find_quantization(tensors: Tensors, config: Mapping[str, Any]) -> Quantizati
             return None
         kind, name = packed
         what, remedy = SCHEMES.get(kind, ("packed weights", ORIGINAL))
-        scaled = kind == "fp8" and any(n.endswith("_scale_inv") for n in tensors)
+        ends = ("_scale_inv", ".weight_scale")  # without a config, as ModelOpt used to write it
+        scaled = kind == "fp8" and any(n.endswith(ends) for n in tensors)
         if kind == "fp8" and not scaled:
             what, remedy = "8-bit floats, and nothing says by what they are scaled", ORIGINAL
         tensor = f"{name} is {tensors[name].dtype}"
@@ -100,7 +101,7 @@ def find_quantization(tensors: Tensors, config: Mapping[str, Any]) -> Quantizati
     sign = "its quantization_config says so"
     if packed is not None and packed[0] != method:
         sign += f", and {packed[1]} is {tensors[packed[1]].dtype}"
-    scaled = method in ("fp8", "fbgemm_fp8") or _is_float8(method, given)
+    scaled = method in ("fp8", "fbgemm_fp8", "mxfp8") or _is_float8(method, given)
     if scaled:
         what, remedy = SCHEMES["fp8"]
         if others:
@@ -136,8 +137,23 @@ def weight_groups(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [weights for weights in found if isinstance(weights, Mapping)]
 
 
+def microscaled(given: Mapping[str, Any]) -> bool:
+    """Whether 8-bit floats have a scale for each 32 in a row, a byte that is a power of two (OCP's
+    microscaling formats, MXFP8)."""
+    return given.get("quant_method") == "mxfp8" or _algorithm(given) == "MXFP8"
+
+
+def _algorithm(given: Mapping[str, Any]) -> str:
+    """What ModelOpt did, which it tells here or one level below."""
+    nested = given.get("quantization")
+    inner = nested if isinstance(nested, Mapping) else {}
+    return str(given.get("quant_algo") or inner.get("quant_algo") or "").upper()
+
+
 def _is_float8(method: str, given: Mapping[str, Any]) -> bool:
-    """Whether compressed-tensors has nothing but symmetric 8-bit floats."""
+    """Whether ModelOpt, or compressed-tensors, has nothing but symmetric 8-bit floats."""
+    if method == "modelopt":
+        return _algorithm(given) in ("FP8", "MXFP8")
     groups = weight_groups(given)
     return (
         method == "compressed-tensors"

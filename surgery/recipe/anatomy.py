@@ -8,8 +8,8 @@ mlps:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Container, Iterator, Mapping
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from surgery.anatomy import MLP, Anatomy, Corrections, MLPCorrection, Role
 from surgery.anatomy.corrections import block_of
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import RECORD, Checkpoint
 from surgery.errors import ArgumentError, RecipeError
 from surgery.merging.parameters import unknown
 from surgery.operations.layers import parse_layers
@@ -27,6 +27,8 @@ from surgery.recipe.graph import Problems
 from surgery.recipe.parsing import parsed
 
 KEYS = ("stacks", "roles", "mlps")
+STORED_NOTE = f"{RECORD} beside it says"
+"""How the note of corrections that lie in the record ends: those that are given replace them."""
 ROLES = {role.value: role for role in Role}
 
 
@@ -41,6 +43,7 @@ class _MLP(BaseModel):
     down: str
     parts: Literal[1, 2] = 1
     in_out: bool = False
+    interleaved: bool = False
 
 
 def correct_anatomy(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
@@ -52,26 +55,42 @@ def correct_anatomy(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
     documents = read_documents(path)
     if len(documents) != 1 or not isinstance(documents[0].data, Mapping):
         raise RecipeError(f"{path} isn't one YAML table with {', '.join(KEYS)}")
-    document = documents[0]
-    problems = Problems(document)
-    for key in document.data:
+    return correct(checkpoint, Given(documents[0], (), documents[0].data))
+
+
+@dataclass(frozen=True)
+class Given:
+    """Corrections as they are written: the table `data`, at `at` in `document`."""
+
+    document: Document
+    at: Steps
+    data: Mapping[str, Any]
+
+
+def correct(checkpoint: Checkpoint, given: Given) -> Checkpoint:
+    """The same with a part of a document."""
+    problems = Problems(given.document)
+    for key in given.data:
         if key not in KEYS:
-            problems.add((key,), unknown("key", key, KEYS))
-    stacks = _stacks(document, checkpoint, problems)
-    roles = _roles(document, checkpoint, problems)
-    mlps = _mlps(document, checkpoint, stacks, problems)
+            problems.add((*given.at, key), unknown("key", key, KEYS))
+    stacks = _stacks(given, checkpoint, problems)
+    roles = _roles(given, checkpoint, problems)
+    mlps = _mlps(given, checkpoint, stacks, problems)
     RecipeError.raise_if(problems)
-    note = f"{checkpoint.source.reference}: its anatomy was corrected by {path}"
+    note = f"{checkpoint.source.reference}: its anatomy was corrected by {given.document.path}"
     return replace(
         checkpoint,
         corrections=Corrections(tuple(stacks), roles, mlps),
-        notes=(*checkpoint.notes, note),
+        notes=(*(n for n in checkpoint.notes if not n.endswith(STORED_NOTE)), note),
     )
 
 
-def anatomy_yaml(anatomy: Anatomy) -> str:
-    """The anatomy in the form that `correct_anatomy` reads."""
+def anatomy_yaml(anatomy: Anatomy, leave_out: Container[str] = ()) -> str:
+    """The anatomy in the form that `correct_anatomy` reads, without the tensors `leave_out`."""
     import yaml
+
+    places = {name: place for name, place in anatomy.places.items() if name not in leave_out}
+    anatomy = replace(anatomy, places=places)
 
     table: dict[str, Any] = {
         "stacks": dict(anatomy.stacks),
@@ -82,19 +101,19 @@ def anatomy_yaml(anatomy: Anatomy) -> str:
     return text
 
 
-def _table(document: Document, key: str, problems: Problems) -> dict[str, Any]:
-    found = document.data.get(key, {})
+def _table(given: Given, key: str, problems: Problems) -> dict[str, Any]:
+    found = given.data.get(key, {})
     if isinstance(found, Mapping):
         return dict(found)
-    problems.add((key,), "this is a table")
+    problems.add((*given.at, key), "this is a table")
     return {}
 
 
-def _stacks(document: Document, checkpoint: Checkpoint, problems: Problems) -> dict[str, int]:
+def _stacks(given: Given, checkpoint: Checkpoint, problems: Problems) -> dict[str, int]:
     """The stacks that are given, and how many blocks they have."""
     stacks = {}
-    for stack, depth in _table(document, "stacks", problems).items():
-        at: Steps = ("stacks", stack)
+    for stack, depth in _table(given, "stacks", problems).items():
+        at: Steps = (*given.at, "stacks", stack)
         if type(depth) is not int or depth < 1:
             problems.add(at, f"{depth!r} is no number of blocks")
             continue
@@ -109,12 +128,12 @@ def _stacks(document: Document, checkpoint: Checkpoint, problems: Problems) -> d
 
 
 def _roles(
-    document: Document, checkpoint: Checkpoint, problems: Problems
+    given: Given, checkpoint: Checkpoint, problems: Problems
 ) -> tuple[tuple[str, Role], ...]:
     roles = []
-    for pattern, role in _table(document, "roles", problems).items():
-        at: Steps = ("roles", pattern)
-        if role not in ROLES:
+    for pattern, role in _table(given, "roles", problems).items():
+        at: Steps = (*given.at, "roles", pattern)
+        if not isinstance(role, str) or role not in ROLES:
             problems.add(at, unknown("role", str(role), list(ROLES)))
             continue
         if pattern not in checkpoint and not any(fnmatchcase(n, pattern) for n in checkpoint):
@@ -132,16 +151,18 @@ def _no_tensor(name: str, checkpoint: Checkpoint) -> str:
 
 
 def _mlps(
-    document: Document, checkpoint: Checkpoint, given: Mapping[str, int], problems: Problems
+    given: Given, checkpoint: Checkpoint, named: Mapping[str, int], problems: Problems
 ) -> tuple[MLPCorrection, ...]:
-    entries = document.data.get("mlps", [])
+    entries = given.data.get("mlps", [])
     if not isinstance(entries, list):
-        problems.add(("mlps",), "this is a list of tables: - {stack: ..., ups: [...], down: ...}")
+        problems.add(
+            (*given.at, "mlps"), "this is a list of tables: - {stack: ..., ups: [...], down: ...}"
+        )
         return ()
-    stacks = {**checkpoint.anatomy.stacks, **given}
+    stacks = {**checkpoint.anatomy.stacks, **named}
     made = []
     for number, item in enumerate(entries):
-        at: Steps = ("mlps", number)
+        at: Steps = (*given.at, "mlps", number)
         entry: _MLP | None = parsed(_MLP, item, at, problems)
         if entry is None:
             continue
@@ -156,6 +177,9 @@ def _mlps(
         if len(entry.ups) == 2 and entry.parts == 2:
             problems.add((*at, "parts"), "2 is for gate and up in one matrix, and ups has two")
             continue
+        if entry.interleaved and entry.parts != 2:
+            problems.add((*at, "interleaved"), "this is for gate and up in one matrix: parts: 2")
+            continue
         correction = MLPCorrection(
             entry.stack,
             tuple(entry.ups),
@@ -163,6 +187,7 @@ def _mlps(
             entry.parts,
             entry.in_out,
             None if len(blocks) == stacks[entry.stack] else frozenset(blocks),
+            entry.interleaved,
         )
         for block in blocks:
             for problem in correction.problems(checkpoint, block):
@@ -204,12 +229,14 @@ def _alike(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
                 "down": down,
                 "parts": parts,
                 "in_out": in_out,
+                **({"interleaved": True} if interleaved else {}),
             }
-            for (ups, down, parts, in_out), blocks in forms.items()
+            for (ups, down, parts, in_out, interleaved), blocks in forms.items()
         ]
 
 
 def _form(mlp: MLP, anatomy: Anatomy) -> tuple[Any, ...]:
     places = anatomy.places
     ups = tuple(places[up.weight].inner for up in mlp.ups)
-    return ups, places[mlp.down.weight].inner, mlp.ups[0].parts, mlp.down.in_out
+    up = mlp.ups[0]
+    return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved

@@ -26,6 +26,7 @@ from surgery.operations.merge import merge
 from surgery.operations.task_vectors import apply, task_vector
 from surgery.operations.vocabulary import Tokenizer
 from surgery.parallel import Progress
+from surgery.recipe.anatomy import Given, correct, correct_anatomy
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import (
     ApplyArguments,
@@ -82,8 +83,22 @@ def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Mode
             elif is_adapter(reference):
                 opener = open_adapter
             opened[name] = opener(reference, headers_only=headers_only)
+        if isinstance(model := opened.get(name), Checkpoint) and name in recipe.anatomy:
+            with errors.of(()):
+                opened[name] = _corrected(recipe, name, model)
     errors.raise_all()
     return opened
+
+
+def _corrected(recipe: Recipe, name: str, model: Checkpoint) -> Checkpoint:
+    """An input with what the recipe says of its anatomy."""
+    given = recipe.anatomy[name]
+    if isinstance(given, str):
+        return correct_anatomy(model, given)
+    table = recipe.data
+    for step in given:
+        table = table[step]
+    return correct(model, Given(recipe.document, given, table))
 
 
 def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, Model]:
@@ -116,12 +131,14 @@ class Errors:
 
     @contextmanager
     def of(self, at: Steps) -> Iterator[None]:
-        """Keep what is wrong with the part of the recipe at `at`."""
+        """Keep what is wrong with the part of the recipe at `at`; () for errors that say where
+        they are themselves."""
         try:
             yield
         except SurgeryError as error:
             self.found += [
-                (type(error), self.document.problem(at, text)) for text in error.problems
+                (type(error), self.document.problem(at, text) if at else text)
+                for text in error.problems
             ]
 
     def raise_all(self) -> None:

@@ -59,11 +59,12 @@ class Document:
 def read_documents(path: str | Path) -> list[Document]:
     """The YAML documents in a file. Raises NotFoundError, or RecipeError with the line."""
     try:
-        raw = Path(path).read_bytes()
+        with Path(path).open("rb") as file:
+            raw = file.read(MOST_BYTES + 1)
     except OSError as error:
         raise NotFoundError(f"{path} can't be read: {error.strerror}") from error
     if len(raw) > MOST_BYTES:
-        raise RecipeError(f"{path} has {len(raw):,} bytes, and no recipe is that long")
+        raise RecipeError(f"{path} has more than {MOST_BYTES:,} bytes: no recipe is that long")
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:

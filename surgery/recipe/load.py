@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from surgery.errors import RecipeError
 from surgery.merging.methods import METHODS
 from surgery.merging.parameters import unknown
+from surgery.recipe.anatomy import KEYS
 from surgery.recipe.document import Document, Steps, parse_value, read_documents
 from surgery.recipe.graph import Problems, ordered
 from surgery.recipe.parsing import parsed
@@ -18,15 +20,26 @@ from surgery.recipe.settings import Setting, parse_setting
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 Settings = dict[str, Setting | tuple[Setting | None, ...]]
-TOP = ("inputs", "steps", "output", "require", "description")
+TOP = ("inputs", "anatomy", "steps", "output", "require", "description")
 
 
-def load_recipe(path: str | Path, *, changes: Sequence[str] = ()) -> Recipe:
+def load_recipe(
+    path: str | Path, *, changes: Sequence[str] = (), anatomy: str | Path | None = None
+) -> Recipe:
     """Read a recipe, or a configuration of mergekit's, from a YAML file.
 
     `changes` are written "inputs.base=./other": a value that takes the place of the one there.
+    `anatomy` is a file with corrections of what is recognised in every input, in the place of
+    those that the recipe has.
     Raises RecipeError with all that is wrong, each with its line.
     """
+    recipe = _load(path, changes)
+    if anatomy is None:
+        return recipe
+    return replace(recipe, anatomy=dict.fromkeys(recipe.inputs, str(anatomy)))
+
+
+def _load(path: str | Path, changes: Sequence[str]) -> Recipe:
     documents = read_documents(path)
     if not documents:
         raise RecipeError(f"{path} is empty")
@@ -81,13 +94,14 @@ def _recipe(document: Document) -> Recipe:
         if key not in TOP:
             problems.add((key,), unknown("key", key, TOP))
     inputs = _inputs(data.get("inputs", {}), problems)
+    anatomy = _anatomy(data, problems)
     steps = _steps(data.get("steps"), problems)
     requirements = _requirements(data.get("require", []), problems)
     _check_names(data, problems)
     in_order = ordered(steps, problems)
     RecipeError.raise_if(problems)
     output = data.get("output", steps[-1].name)
-    return Recipe(inputs, tuple(in_order), output, tuple(requirements), document)
+    return Recipe(inputs, tuple(in_order), output, tuple(requirements), document, anatomy=anatomy)
 
 
 def _check_names(data: Mapping[str, Any], problems: Problems) -> None:
@@ -143,6 +157,31 @@ def _inputs(given: Any, problems: Problems) -> dict[str, str]:
                 ("inputs", name), f"{reference!r} is no directory, file or Hub id: write it as text"
             )
     return {name: reference for name, reference in given.items() if isinstance(reference, str)}
+
+
+def _anatomy(data: Mapping[str, Any], problems: Problems) -> dict[str, str | Steps]:
+    """Corrections of what is recognised in the inputs: of all alike, or by the input's name; each
+    in a file or here."""
+    given, inputs = data.get("anatomy"), _names(data.get("inputs"))
+    if given is None:
+        return {}
+    if isinstance(given, str):
+        return dict.fromkeys(inputs, given)
+    if not isinstance(given, Mapping):
+        problems.add(("anatomy",), "this is a file, or a table: of corrections, or of inputs")
+        return {}
+    if given.keys() & set(KEYS) and not given.keys() & set(inputs):
+        return dict.fromkeys(inputs, ("anatomy",))
+    found: dict[str, str | Steps] = {}
+    for name, one in given.items():
+        at: Steps = ("anatomy", name)
+        if name not in inputs:
+            problems.add(at, unknown("input", name, inputs))
+        elif not isinstance(one, (str, Mapping)):
+            problems.add(at, f"this is a file, or a table with {', '.join(KEYS)}")
+        else:
+            found[name] = one if isinstance(one, str) else at
+    return found
 
 
 def _steps(given: Any, problems: Problems) -> list[Step]:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, OutputError, VerificationError
+from surgery.integrity.seal import bytes_to_hash
 from surgery.recipe.chain import Model, Work, build, open_inputs, to_write
 from surgery.recipe.checks import Check, Proving, check, check_requirements, requirements
 from surgery.recipe.schema import Recipe
 from surgery.verification import Relation, Verification, certify, find_relation
 from surgery.verification.report import Case, write_report
+from surgery.writing.locks import locked, staging_folder
+from surgery.writing.parts import Part
 from surgery.writing.plan import MAX_SHARD_BYTES, plan
-from surgery.writing.staging import check_target
-from surgery.writing.write import Written, check_space, write
+from surgery.writing.resume import require_all
+from surgery.writing.staging import Stage, check_target
+from surgery.writing.write import PartWritten, Written, check_space, write, write_part
 
 
 @dataclass(frozen=True)
@@ -27,6 +32,8 @@ class Outcome:
 
     checks: tuple[Check, ...]
     written: Mapping[str, Written]
+    parts: Mapping[str, PartWritten] = field(default_factory=dict)
+    """What was written of a part of the shards alone, which has no final name yet."""
 
 
 def run_recipe(
@@ -41,6 +48,12 @@ def run_recipe(
     checked: Callable[[Sequence[Check]], object] | None = None,
     work: Work | None = None,
     command: str | None = None,
+    resume: bool = True,
+    part: Part | None = None,
+    finish: bool = False,
+    tell: Callable[[str], object] | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Outcome:
     """Do what `recipe` says, and write its output to `out`, all of it or nothing.
 
@@ -49,7 +62,11 @@ def run_recipe(
     checked, and only then is anything written. With `verify` steps that promise to keep the
     function (grow, expand) are proved to, whatever the recipe requires besides. `report` is a
     file for the results of the checks, in JUnit's format, written whether they hold or not, and
-    `checked` is called with them.
+    `checked` is called with them. `checksums`, `sign_key`, `resume` and `tell` are as in `write`.
+
+    With `part` the shards of that part are written into the stage and nothing else is done;
+    `finish`, after all parts, does the rest: it checks what has to hold and that every shard is
+    there as it was written, and publishes. The proof is made there, once, and not in every part.
 
     Raises RecipeError or what the step that is wrong raises; VerificationError with every
     check that doesn't hold; OutputError.
@@ -66,32 +83,78 @@ def run_recipe(
     for name, target in targets.items():
         layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
         check_space(layout, target)
-    models = build(recipe, inputs, work)
-    checks = check(recipe, models, required, proving, work)
-    if report is not None:
-        cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
-        write_report(Path(report), recipe.document.path, cases)
-    if checked is not None:
-        checked(checks)
-    VerificationError.raise_if(problem for one in checks for problem in one.problems)
-    proved = {tuple(r.pair): r for r, _ in required if r.same}
-    written = {}
+    if part is not None:
+        return _write_part(
+            build(recipe, inputs, work), targets, part, overwrite, max_shard_bytes, work, tell
+        )
+    with ExitStack() as locks:
+        for name, target in targets.items():  # checks can take hours: another run is refused now
+            locks.enter_context(locked(target))
+            if finish:
+                layout = plan(to_write(planned, name), max_shard_bytes=max_shard_bytes)
+                require_all(Stage(target, staging_folder(target)), layout)
+        models = build(recipe, inputs, work)
+        checks = check(recipe, models, required, proving, work)
+        if report is not None:
+            cases = [Case(one.name, one.verification.summary, one.problems) for one in checks]
+            write_report(Path(report), recipe.document.path, cases)
+        if checked is not None:
+            checked(checks)
+        VerificationError.raise_if(problem for one in checks for problem in one.problems)
+        proved = {tuple(r.pair): r for r, _ in required if r.same}
+        written = {}
+        for name, target in targets.items():
+            weights = to_write(models, name)
+            total = weights.nbytes + (bytes_to_hash(weights) if checksums else 0)
+            with work.progress(f"writing {name}", total) as advance:
+                written[name] = write(
+                    weights,
+                    target,
+                    overwrite=overwrite,
+                    max_shard_bytes=max_shard_bytes,
+                    threads=work.threads,
+                    progress=advance,
+                    check=_again(
+                        models, name, [pair[0] for pair in proved if pair[1] == name], work
+                    ),
+                    verification=_verification(checks),
+                    recipe=recipe.data,
+                    command=command,
+                    checksums=checksums,
+                    sign_key=sign_key,
+                    resume=resume,
+                    complete=finish,
+                    tell=tell,
+                )
+        return Outcome(tuple(checks), written)
+
+
+def _write_part(
+    models: Mapping[str, Model],
+    targets: Mapping[str, Path],
+    part: Part,
+    overwrite: bool,
+    max_shard_bytes: int,
+    work: Work,
+    tell: Callable[[str], object] | None,
+) -> Outcome:
+    parts = {}
     for name, target in targets.items():
         weights = to_write(models, name)
-        with work.progress(f"writing {name}", weights.nbytes) as advance:
-            written[name] = write(
+        layout = plan(weights, max_shard_bytes=max_shard_bytes)
+        size = sum(shard.size - len(shard.head) for shard in part.shards(layout))
+        with work.progress(f"writing {part} of {name}", size) as advance:
+            parts[name] = write_part(
                 weights,
                 target,
+                part,
                 overwrite=overwrite,
                 max_shard_bytes=max_shard_bytes,
                 threads=work.threads,
                 progress=advance,
-                check=_again(models, name, [pair[0] for pair in proved if pair[1] == name], work),
-                verification=_verification(checks),
-                recipe=recipe.data,
-                command=command,
+                tell=tell,
             )
-    return Outcome(tuple(checks), written)
+    return Outcome((), {}, parts)
 
 
 def targets_of(recipe: Recipe, out: str | Path | None) -> dict[str, Path]:

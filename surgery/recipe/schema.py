@@ -257,8 +257,9 @@ class Step:
 @dataclass(frozen=True)
 class Recipe:
     """Inputs by name, steps in an order in which they can be made, the step to write, and what
-    has to hold. `document` says on which line of which file things stand; `data` is the recipe
-    as it was read, for the record."""
+    has to hold. `anatomy` says, for an input, which file has corrections of its anatomy, or where
+    in the recipe they are. `document` says on which line of which file things stand; `data` is
+    the recipe as it was read, for the record."""
 
     inputs: Mapping[str, str]
     steps: tuple[Step, ...]
@@ -266,6 +267,7 @@ class Recipe:
     requirements: tuple[tuple[Requirement, Steps], ...]
     document: Document
     notes: tuple[str, ...] = ()
+    anatomy: Mapping[str, str | Steps] = field(default_factory=dict)
 
     @property
     def data(self) -> Any:

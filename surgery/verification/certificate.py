@@ -24,6 +24,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.expansion import Expansion
 from surgery.growth import Growth
 from surgery.measure import BLOCK_ELEMENTS
+from surgery.operations.dequantize import values
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 from surgery.verification.checks import Check, DownColumns, DownRows, Rows, UpColumns, Zero
@@ -62,12 +63,15 @@ def certify(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Certificate:
-    """Compare `other` with `base`, tensor by tensor, as `relation` says it was made of it.
+    """Compare `other` with `base`, tensor by tensor, as `relation` says it was made of it. Of
+    8-bit floats in what was grown what they stand for is compared, in float32.
 
     Raises UnsupportedError if the blocks of an expansion can't be followed.
     """
     if isinstance(relation, Expansion):
         return _certify_expansion(base, other, relation, threads, progress)
+    wider = {name for growth in relation for name in growth.mlp.tensors}
+    base, other = values(base, wider), values(other, wider)
     failures: dict[str, str] = {}
     missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in other]
     missing += [f"{name} isn't in the base" for name in other if name not in base]

@@ -13,14 +13,16 @@ from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from surgery.anatomy.infer import first, text_config
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError, UnsupportedError
 from surgery.operations.dequantize import computable
 from surgery.tensor import LazyTensor
 from surgery.values import noise
+from surgery.verification.inputs import Inputs, make_inputs
+from surgery.verification.outputs import are_logits, main_output
 
 if TYPE_CHECKING:
     import numpy
@@ -36,19 +38,19 @@ MOST_NOISE = 0.01
 """Of the largest logit: more isn't rounding. A permutation that changes the function (of an MLP
 that was taken for another kind) would make a yardstick that measures nothing."""
 
-BATCH, TOKENS = 2, 64
-
 
 @dataclass(frozen=True)
 class Logits:
-    """How far the outputs of two models are apart, on `tokens` tokens.
+    """How far the outputs of two models are apart, on `tokens` tokens (or what a model makes of
+    images and sounds: rows of its output).
 
     `max_difference` is max |d|, `relative` divides it by max |logit|; `kl` is the divergence of
     the distributions over the vocabulary in nats, `top1` the share of tokens on which both
     choose the same. `noise_floor` is max |d| of the permuted base, None where there is no MLP
     to permute. `first_departure` names the first block whose output is further from the base's
-    than noise explains. For a model without a head the hidden states stand for the logits, and
-    `kl_mean`, `kl_max` and `top1` are None.
+    than noise explains. For a model without a head the hidden states stand for the logits (or
+    else the first output there is), and `kl_mean`, `kl_max` and `top1` are None: they are there
+    where the last axis is one of tokens or classes.
     """
 
     device: str
@@ -64,6 +66,11 @@ class Logits:
     uninitialised: tuple[str, ...]
     experts: tuple[int, int] | None = None
     """To how many routed experts a token went, and how many there are, where that shows."""
+    inputs: str = "random tokens"
+    """What the models ran on."""
+    unreached: tuple[str, ...] = ()
+    """Blocks whose MLP differs between the two and isn't run by these inputs, so that the logits
+    say nothing of it: a vision tower without an image."""
 
     @property
     def threshold(self) -> float | None:
@@ -95,9 +102,11 @@ def compare_logits(
     dtype: VerifyDtype = "float32",
     seed: int = 0,
     places: Mapping[str, str] | None = None,
+    text: Path | None = None,
 ) -> Logits:
-    """Run both on the same random tokens. One model is in memory at a time. `places` gives the
-    names that blocks of the base have in `other`, where they moved.
+    """Run both on the same inputs: the start of `text`, or random tokens, images or sounds as the
+    model takes them (`make_inputs`). One model is in memory at a time. `places` gives the names
+    that blocks of the base have in `other`, where they moved.
 
     8-bit floats are run as what they stand for. Raises UnsupportedError if transformers can't
     build one of them, or if its weights are packed in another way.
@@ -106,8 +115,8 @@ def compare_logits(
 
     base, other = computable(base=base, other=other)
     device = check_device(base, other, device, dtype)
-    inputs = _inputs(base, seed).to(device)
-    run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs)
+    inputs = make_inputs(base, seed=seed, text=text)
+    run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs.values)
     first_run = run(base)
     if not bool(first_run.output.isfinite().all()):
         raise FormatError(
@@ -126,7 +135,21 @@ def compare_logits(
         name: second.blocks[now] for name, now in (places or {}).items() if now in second.blocks
     }
     second = replace(second, blocks={**second.blocks, **moved})
-    return _compare(first_run, second, permuted, device, dtype)
+    found = _compare(first_run, second, permuted, device, dtype)
+    return replace(found, inputs=inputs.what, unreached=_unreached(base, other, inputs))
+
+
+def _unreached(base: Checkpoint, other: Checkpoint, inputs: Inputs) -> tuple[str, ...]:
+    """The blocks whose MLP changed its shape (all, where none did) and isn't run by the inputs."""
+    every = base.anatomy.every_mlp
+    names = [(mlp, name) for mlp in every for name in mlp.tensors if name in other]
+    grown = [mlp for mlp, name in names if other[name].shape != base[name].shape] or every
+    blocks = [
+        f"{mlp.stack}.{mlp.block}"
+        for mlp in grown
+        if (mlp.stack, mlp.block, mlp.kind) in (inputs.unreached or ())
+    ]
+    return tuple(dict.fromkeys(blocks))
 
 
 def check_device(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> str:
@@ -174,44 +197,33 @@ def _check_size(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyD
         )
 
 
-def _inputs(base: Checkpoint, seed: int) -> torch.Tensor:
-    """Random token ids, (BATCH, TOKENS)."""
-    import torch
-
-    config = text_config(base.config)
-    vocabulary = first(config, ("vocab_size",))
-    if vocabulary is None:
-        raise UnsupportedError(
-            f"{base.source.reference} takes no tokens (its config has no vocab_size), and other "
-            f"inputs can't be made yet: --no-logits leaves the certificate"
-        )
-    length = min(TOKENS, first(config, ("max_position_embeddings", "n_positions")) or TOKENS)
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, vocabulary, (BATCH, length), generator=generator)
-
-
-def _run(checkpoint: Checkpoint, *, dtype: torch.dtype, device: str, inputs: torch.Tensor) -> _Run:
-    import torch
+def _run(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: str,
+    inputs: Mapping[str, torch.Tensor],
+) -> _Run:
 
     from surgery.modeling.build import build_model
-    from surgery.modeling.stock import block_modules
 
     built = build_model(checkpoint, dtype, device)
     kept: dict[str, torch.Tensor] = {}
 
     def keep(name: str, output: Any) -> None:
-        hidden = output if isinstance(output, torch.Tensor) else output[0]
-        kept[name] = hidden.detach().to("cpu")
+        if (found := main_output(output)) is not None:
+            kept[name] = found[1].detach().to("cpu")
 
     for stack in checkpoint.anatomy.stacks:
-        for number, block in enumerate(block_modules(built.model, stack)):
+        for number, block in enumerate(_blocks(built.model, stack)):
             name = f"{stack}.{number}"
             block.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
     routed = _watch_experts(built.model)
     output, is_logits = _outputs(built.model, inputs)
     experts = (sum(len(seen) for seen, _ in routed), sum(count for _, count in routed))
     seen = experts if all(seen for seen, _ in routed) and routed else None
-    run = _Run(output.to("cpu").flatten(0, -2), is_logits, kept, built.missing, seen)
+    rows = output.to("cpu").reshape(-1, output.shape[-1] if output.dim() else 1)
+    run = _Run(rows, is_logits, kept, built.missing, seen)
     del built
     gc.collect()
     return run
@@ -237,22 +249,39 @@ def _watch_experts(model: Any) -> list[tuple[set[int], int]]:
     return found
 
 
-def _outputs(model: Any, inputs: torch.Tensor) -> tuple[torch.Tensor, bool]:
-    """Logits, or the last hidden state of a model without a head."""
+def _blocks(model: Any, stack: str) -> Any:
+    """The modules of a stack; none where the model has no list of them by that name."""
+    from surgery.modeling.stock import block_modules
+
+    try:
+        return block_modules(model, stack)
+    except UnsupportedError:
+        return ()
+
+
+def _outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, bool]:
+    """The output that is compared, and whether it is logits."""
     import torch
 
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    if "attention_mask" in accepted:
-        options["attention_mask"] = torch.ones_like(inputs)
+    for name, value in inputs.items():
+        dtype = model.dtype if value.is_floating_point() else value.dtype
+        options[name] = value.to(model.device, dtype)
     exact = _float64_throughout() if model.dtype == torch.float64 else nullcontext()
-    with torch.inference_mode(), exact:
-        result = model(inputs, **options, return_dict=True)
-    for name in ("logits", "prediction_logits", "last_hidden_state"):
-        value = getattr(result, name, None)
-        if value is not None:
-            return value, name != "last_hidden_state"
-    raise UnsupportedError(f"{type(model).__name__} returns neither logits nor hidden states")
+    try:
+        with torch.inference_mode(), exact, torch.random.fork_rng():
+            torch.manual_seed(0)  # a model may draw: which patches are masked, say
+            found = main_output(model(**options))
+    except Exception as error:  # of any type: sizes in the config that contradict each other
+        raise UnsupportedError(
+            f"transformers can't run the {type(model).__name__} of this config: {error}; "
+            f"--no-logits leaves the certificate"
+        ) from error
+    if found is None:
+        raise UnsupportedError(f"{type(model).__name__} returns no tensor that can be compared")
+    name, value = found
+    return value, are_logits(name, value, model.config)
 
 
 def _float64_throughout() -> Any:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint
-from surgery.errors import VerificationError
+from surgery.errors import InputError, VerificationError
 from surgery.expansion import Expansion, expansion_of
 from surgery.growth import Growth, growths_of
+from surgery.opening import read_json
 from surgery.parallel import Progress
 from surgery.verification.certificate import Certificate, Relation, certify
 from surgery.verification.discover import discover_growths
@@ -46,11 +47,12 @@ class Verification:
         if self.logits is not None:
             logits = self.logits
             said.append(
-                f"logits of {logits.tokens} tokens in {logits.dtype} on {logits.device} differ by "
+                f"{'outputs' if logits.kl_mean is None else 'logits'} of {logits.inputs} in {logits.dtype} on {logits.device} differ by "
                 f"at most {logits.max_difference:.3g}"
                 + (f" (noise floor {logits.noise_floor:.3g})" if logits.noise_floor else "")
                 + (f", KL mean {logits.kl_mean:.3g}" if logits.kl_mean is not None else "")
                 + (f", first choices agree on {logits.top1:.1%}" if logits.top1 is not None else "")
+                + (f"; {len(logits.unreached)} blocks weren't run" if logits.unreached else "")
             )
         return "; ".join(said) or "nothing was compared"
 
@@ -100,11 +102,12 @@ def verify(
     logits: bool = True,
     device: str = "auto",
     dtype: VerifyDtype = "float32",
+    text: Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Compare `other` with `base`: the certificate if it was grown or expanded from it, and the
-    logits.
+    logits, on random inputs or on `text`.
 
     Whether it was is taken from the edit that made `other`, from the record beside it, or else
     (a growth) found out from the weights themselves. The certificate comes first: where it fails,
@@ -117,7 +120,7 @@ def verify(
     compared = None
     if logits:
         compared = compare_logits(
-            base, other, device=device, dtype=dtype, places=block_places(relation)
+            base, other, device=device, dtype=dtype, places=block_places(relation), text=text
         )
     return Verification(certificate, compared)
 
@@ -133,7 +136,7 @@ def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
         if details:
             try:
                 return expansion_of(details, base.anatomy)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # the record tells of another base
     return None
 
@@ -144,7 +147,7 @@ def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
         if details:
             try:
                 return growths_of(details["mlps"], base.anatomy.all_mlps)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # the record tells of another base: the weights decide
     return discover_growths(base, other)
 
@@ -181,12 +184,11 @@ def _in_record(base: Checkpoint, other: Checkpoint, operation: str) -> Mapping[s
 
 def _recorded(checkpoint: Checkpoint) -> list[Mapping[str, Any]]:
     """The edits in the record; nothing where there is none, or it isn't ours."""
-    path = checkpoint.source.path / RECORD
-    if checkpoint.history or not path.is_file():
+    if checkpoint.history:
         return []
     try:
-        edits = json.loads(path.read_text(encoding="utf-8"))["edits"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        edits = read_json(checkpoint.source.path / RECORD)["edits"]
+    except (InputError, KeyError):
         return []
     return [edit for edit in edits if isinstance(edit, Mapping)] if isinstance(edits, list) else []
 

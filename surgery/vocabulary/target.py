@@ -16,9 +16,9 @@ from surgery.vocabulary.tokens import (
     PLAIN,
     Flags,
     Vocabulary,
-    companion_bytes,
     companion_table,
     read_vocabulary,
+    tokenizer_by_ids,
     tokenizer_files,
 )
 
@@ -106,7 +106,7 @@ def _extended(
     else:
         flags = {token: PLAIN if given is None else given for token, given in new.items()}
         more = _beside(vocabulary, table) | flags
-        ids = _once_added(companion_bytes(owner, name).decode("utf-8"), vocabulary, more)
+        ids = _once_added(tokenizer_by_ids(owner), vocabulary, more)
     entries = [{"id": ids[token], "content": token, **flags} for token, flags in more.items()]
     table["added_tokens"] = [*(table.get("added_tokens") or ()), *entries]
     files = tokenizer_files(owner) | {name: _as_bytes(table)} | _listed(owner, more, ids)
@@ -154,12 +154,13 @@ def _piece_notes(pieces: Sequence[str], inside: bool, model: Mapping[str, Any]) 
     return (f"new tokens that are pieces of words: {len(pieces):,} ({shown}); {effect}",)
 
 
-def _once_added(raw: str, vocabulary: Vocabulary, more: Mapping[str, Flags]) -> dict[str, int]:
+def _once_added(
+    tokenizer: Any, vocabulary: Vocabulary, more: Mapping[str, Flags]
+) -> dict[str, int]:
     """The id of every token once the tokenizers library has added those in `more`: it counts by
     itself, and would load no other ids."""
-    from tokenizers import AddedToken, Tokenizer
+    from tokenizers import AddedToken
 
-    tokenizer = Tokenizer.from_str(raw)
     tokenizer.add_tokens([AddedToken(token, **flags) for token, flags in more.items()])
     ids: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
     taken = {row: token for token, row in ids.items() if token not in more}

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import FormatError, InputError, NotFoundError, SurgeryError, UnsupportedError
+from surgery.errors import FormatError, NotFoundError, SurgeryError, UnsupportedError
+from surgery.untrusted import parse_table, read_small
 
 FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 """What tokenizers say of an added token: how it is found in a text, and if it is hidden."""
@@ -23,6 +24,9 @@ TOKENIZER_FILES = re.compile(
     r"(tokenizer|special_tokens_map|added_tokens|vocab|merges|chat_template|spiece|sentencepiece"
     r"|tekken|tokenization_)[^/]*|[^/]*\.tiktoken|additional_chat_templates/.*"
 )
+MOST_ENTRIES = 8_000_000
+"""Tokens and merges, each a list of two: the largest tokenizers have some 2,000,000."""
+_FOR_TEXTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LOADED = re.compile(
     r"tokenizer\.model|sp[^/]*\.model|sentence[^/]*\.model|vocab\.txt|tekken\.json"
 )
@@ -51,25 +55,15 @@ def tokenizer_files(checkpoint: Checkpoint) -> dict[str, Path | bytes]:
 def companion_bytes(checkpoint: Checkpoint, name: str) -> bytes:
     """A companion's content. Raises InputError if the file can't be read."""
     content = checkpoint.companions[name]
-    if isinstance(content, bytes):
-        return content
-    try:
-        return content.read_bytes()
-    except OSError as error:
-        raise InputError(f"{content} can't be read: {error.strerror}") from error
+    return content if isinstance(content, bytes) else read_small(content)
 
 
 def companion_table(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     """A companion that is a JSON table; empty if there is none of that name."""
     if name not in checkpoint.companions:
         return {}
-    try:
-        value = json.loads(companion_bytes(checkpoint, name))
-    except (ValueError, RecursionError) as error:
-        raise FormatError(f"{_where(checkpoint, name)} isn't JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise FormatError(f"{_where(checkpoint, name)} isn't a JSON table")
-    return value
+    raw = companion_bytes(checkpoint, name)
+    return parse_table(raw, _where(checkpoint, name), most_values=MOST_ENTRIES)
 
 
 def read_vocabularies(checkpoints: Iterable[Checkpoint]) -> list[Vocabulary]:
@@ -150,20 +144,30 @@ def telling_files(checkpoint: Checkpoint) -> tuple[tuple[str, bytes], ...]:
     return tuple(told)
 
 
-def _by_tokenizers(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Flags]]:
-    """By the tokenizers library: it gives added tokens ids of its own counting, whatever the
-    file says, and those are the ids that texts are encoded to."""
+def tokenizer_by_ids(checkpoint: Checkpoint) -> Any:
+    """The tokenizers library's reading of tokenizer.json, without what only texts go through: a
+    normalizer's regular expressions are run on added tokens as they are read, and may not end.
+
+    Raises FormatError.
+    """
     from tokenizers import Tokenizer
 
+    table = companion_table(checkpoint, "tokenizer.json")
+    kept = {key: None if key in _FOR_TEXTS else value for key, value in table.items()}
     try:
-        text = companion_bytes(checkpoint, "tokenizer.json").decode("utf-8")
-        tokenizer = Tokenizer.from_str(text)
-    except SurgeryError:
-        raise
-    except Exception as error:  # the library raises nothing more particular
+        return Tokenizer.from_str(json.dumps(kept))
+    except BaseException as error:  # a panic of the library's is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise FormatError(
             f"{_where(checkpoint, 'tokenizer.json')} can't be read as a tokenizer: {error}"
         ) from error
+
+
+def _by_tokenizers(checkpoint: Checkpoint) -> tuple[dict[str, int], dict[str, Flags]]:
+    """By the tokenizers library: it gives added tokens ids of its own counting, whatever the
+    file says, and those are the ids that texts are encoded to."""
+    tokenizer = tokenizer_by_ids(checkpoint)
     added: dict[str, Flags] = {
         str(token.content): {flag: bool(getattr(token, flag)) for flag in FLAGS}
         for token in tokenizer.get_added_tokens_decoder().values()

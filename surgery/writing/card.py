@@ -5,30 +5,39 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from surgery.checkpoint import CARD, Checkpoint, Weights
 from surgery.hub import Source
+from surgery.system import naming
 from surgery.writing.plan import Plan
 
-INPUT_CARD = "README.input.md"
-"""The card that the input came with, under another name: it describes another model."""
+_UNPRINTABLE = re.compile(r"[^ -~]")
+_NOTHING = ("", "~", "null")
 
+_LONGEST_METADATA = 100_000
 _KEPT = ("license", "license_name", "license_link", "language", "pipeline_tag")
 
 
 def model_card(layout: Plan, record: Mapping[str, Any]) -> dict[str, Path | bytes]:
-    """`README.md`, and the input's own card if it had one, by file name."""
+    """`README.md`, and the input's own card if it had one, under another name, by file name."""
     weights = layout.weights
     made: dict[str, Path | bytes] = {}
     given = weights.companions.get(CARD)
     if given is not None:
-        made[INPUT_CARD] = given
+        made[_free_name(weights.companions)] = given
     metadata = _metadata(weights, given if isinstance(given, Path) else None)
     lines = ["---", *(f"{key}: {_yaml(value)}" for key, value in metadata.items()), "---", ""]
     made[CARD] = "\n".join([*lines, *_body(weights, record), ""]).encode()
     return made
+
+
+def _free_name(taken: Mapping[str, object]) -> str:
+    """A name for the input's card that no other file of it has."""
+    names = (f"README.input{number or ''}.md" for number in count())
+    return next(name for name in names if name not in taken)
 
 
 def _metadata(weights: Weights, given: Path | None) -> dict[str, Any]:
@@ -60,9 +69,13 @@ def _kept(card: Path | None) -> dict[str, Any]:
         return {}
     import yaml
 
-    match = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card.read_text("utf-8", "replace"), re.DOTALL)
-    try:
-        found = yaml.safe_load(match.group(1)) if match else None
+    with naming(card), card.open("rb") as file:
+        first, *lines = file.read(_LONGEST_METADATA).decode("utf-8", "replace").split("\n")
+    ends = [at for at, line in enumerate(lines) if line.rstrip() == "---"]
+    if first.rstrip() != "---" or not ends:
+        return {}
+    try:  # as text alone: `no` is a language, and no tag makes anything of a value
+        found = yaml.load("\n".join(lines[: ends[0]]), Loader=yaml.BaseLoader)
     except (yaml.YAMLError, ValueError, RecursionError):
         return {}  # a card is prose for people: one that can't be parsed says nothing to us
     if not isinstance(found, dict):
@@ -74,18 +87,26 @@ def _is_plain(value: Any) -> bool:
     """A line of text, or a list of such: all that these keys can hold."""
     if isinstance(value, list):
         return all(isinstance(item, str) and _is_plain(item) for item in value)
-    return isinstance(value, str) and value.isprintable()
+    return isinstance(value, str) and value.isprintable() and value not in _NOTHING
 
 
 def _yaml(value: Any) -> str:
     """A value on one line: JSON is YAML, and what it quotes can't break out of its place."""
-    return json.dumps(value)
+    return _UNPRINTABLE.sub(_escaped, json.dumps(value, ensure_ascii=False))
+
+
+def _escaped(found: re.Match[str]) -> str:
+    """YAML's escape, which has no halves of pairs as JSON's do."""
+    code = ord(found.group())
+    if found.group().isprintable():
+        return found.group()
+    return "\\ufffd" if 0xD800 <= code < 0xE000 else f"\\U{code:08x}"
 
 
 def _body(weights: Weights, record: Mapping[str, Any]) -> list[str]:
     lines = ["# Edited with Surgery", ""]
     for edit in weights.history:
-        given = ", ".join(f"{k} = {v}" for k, v in edit.parameters.items() if v is not None)
+        given = ", ".join(f"{k} = {_text(v)}" for k, v in edit.parameters.items() if v is not None)
         inputs = ", ".join(f"{role} {_code(model_name(s))}" for role, s in edit.inputs.items())
         lines += [f"- **{edit.operation}** of {inputs}: {given}."]
     if command := record.get("command"):
@@ -112,6 +133,12 @@ def _body(weights: Weights, record: Mapping[str, Any]) -> list[str]:
     if isinstance(weights, Checkpoint) and "auto_map" in weights.config:
         lines += ["", "Loading takes `trust_remote_code=True`: layers differ in MLP width."]
     return lines
+
+
+def _text(value: Any) -> str:
+    """A value in the text: as it is where Markdown sees nothing in it."""
+    text = str(value)
+    return text if re.fullmatch(r"[\w .,:=+@/%-]*", text, re.ASCII) else _code(text)
 
 
 def _code(text: str) -> str:

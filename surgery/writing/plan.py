@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,13 @@ from surgery.tensor import FileSpan, LazyTensor
 MAX_SHARD_BYTES = 5_000_000_000
 ALIGNMENT = 8
 """Tensor data starts at a multiple of this, so that a mapped file can be used as it is."""
+
+
+FILE_BLOCK = 4096
+"""Bytes of a block of a file system, which is the least that two files can share."""
+SHARED_BYTES = 1 << 20
+"""Bytes of a tensor that is worth sharing. Smaller ones don't decide where a shard's data starts,
+so that what steps of a chain leave to be shared, tensors of whole blocks, all start alike."""
 
 
 @dataclass(frozen=True)
@@ -119,10 +127,27 @@ def _shard(name: str, tensors: Mapping[str, LazyTensor]) -> Shard:
         }
         end += tensor.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % ALIGNMENT)
+    text += b" " * _padding(len(text), [(starts[name], tensor) for name, tensor in ordered])
     head = len(text).to_bytes(LENGTH_BYTES, "little") + text
     offsets = {tensor_name: len(head) + start for tensor_name, start in starts.items()}
     return Shard(name, head, offsets, len(head) + end)
+
+
+def _padding(length: int, tensors: Iterable[tuple[int, LazyTensor]]) -> int:
+    """Spaces after a header of `length` bytes, so that as many bytes as possible lie in their
+    page of the output where they lie in a page of the input: a file system that shares blocks
+    between files needs that."""
+    begin = LENGTH_BYTES + length
+    votes: Counter[int] = Counter()
+    for start, tensor in tensors:
+        if tensor.nbytes < SHARED_BYTES:
+            continue
+        span = next(tensor.file_spans() or iter(()), None)
+        if span is not None and (span.offset - start) % ALIGNMENT == 0:
+            votes[(span.offset - start - begin) % FILE_BLOCK] += tensor.nbytes
+    if not votes:
+        return -begin % ALIGNMENT
+    return min(votes, key=lambda spaces: (-votes[spaces], spaces))
 
 
 def free_bytes(target: Path) -> int:

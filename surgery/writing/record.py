@@ -14,8 +14,13 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from surgery.anatomy import Corrections
+from surgery.anatomy.stored import KEY, as_data
 from surgery.checkpoint import RECORD, Checkpoint, Edit, Weights
+from surgery.errors import FormatError, NotFoundError
 from surgery.hub import Source
+from surgery.integrity.digests import hub_digest
+from surgery.opening import read_json
 from surgery.writing.plan import Plan
 
 FORMAT = 1
@@ -27,20 +32,29 @@ def make_record(
     verification: Mapping[str, Any] | None,
     command: str | None,
     recipe: Any = None,
+    digests: Mapping[Path, str] | None = None,
 ) -> dict[str, Any]:
-    """The record as plain data."""
+    """The record as plain data. `digests` are the SHA-256 of input files, where they are wanted."""
     weights = layout.weights
     return {
         "format": FORMAT,
         "surgery": version("model-surgery"),
         "command": command,
         **({} if recipe is None else {"recipe": recipe}),
-        "edits": [_edit(edit) for edit in weights.history],
+        **_corrections(weights),
+        "edits": [_edit(edit, digests or {}) for edit in weights.history],
         "norms": update_norms(weights, tallies),
         "verification": verification,
         "versions": {name: version(name) for name in ("torch", "safetensors", "transformers")},
         "notes": list(weights.notes),
     }
+
+
+def _corrections(weights: Weights) -> dict[str, Any]:
+    """What a user said of the anatomy, so that it needn't be said again of the result."""
+    if not isinstance(weights, Checkpoint) or weights.corrections == Corrections():
+        return {}
+    return {KEY: as_data(weights.corrections)}
 
 
 def record_bytes(record: Mapping[str, Any]) -> bytes:
@@ -110,26 +124,30 @@ def _norms(square: float, scale: float) -> dict[str, float | None]:
     return {"before": float(f"{before:.6g}"), "after": float(f"{abs(scale) * before:.6g}")}
 
 
-def _edit(edit: Edit) -> dict[str, Any]:
+def _edit(edit: Edit, digests: Mapping[Path, str]) -> dict[str, Any]:
     return {
         "operation": edit.operation,
         "parameters": dict(edit.parameters),
-        "inputs": {role: _source(source) for role, source in edit.inputs.items()},
+        "inputs": {role: _source(source, digests) for role, source in edit.inputs.items()},
         "details": dict(edit.details),
     }
 
 
-def _source(source: Source) -> dict[str, Any]:
-    """The reference, the revision, and of every weight file the size and, where the Hub's cache
-    knows it, the SHA-256 (it names a large file's blob by its digest)."""
+def _source(source: Source, digests: Mapping[Path, str]) -> dict[str, Any]:
+    """The reference, the revision, and of every weight file the size and, where it was asked for
+    or the Hub's cache knows it, the SHA-256; where it was asked for, of the other files too."""
     if source.step:
         return {"step": source.reference}
-    files: dict[str, dict[str, Any]] = {}
     folder = source.path if source.path.is_dir() else source.path.parent
-    for name, size in source.files.items():
-        blob = (folder / name).resolve().name
-        digest = blob if re.fullmatch(r"[0-9a-f]{64}", blob) else None
-        files[name] = {"size": size, "sha256": digest}
+    files: dict[str, dict[str, Any]] = {
+        name: {"size": size, "sha256": digests.get(folder / name) or hub_digest(folder / name)}
+        for name, size in source.files.items()
+    }
+    others = sorted(path for path in digests if path.is_relative_to(folder))
+    for path in others:
+        name = path.relative_to(folder).as_posix()
+        if name not in files:
+            files[name] = {"size": path.stat().st_size, "sha256": digests[path]}
     return {
         "reference": source.reference,
         "revision": source.revision,
@@ -141,8 +159,8 @@ def _source(source: Source) -> dict[str, Any]:
 def _earlier_edits(folder: Path) -> list[Any]:
     """What had been done to an input before, as its own record tells."""
     try:
-        edits = json.loads((folder / RECORD).read_text(encoding="utf-8"))["edits"]
+        edits = read_json(folder / RECORD)["edits"]
         json.dumps(edits, ensure_ascii=False, allow_nan=False).encode()
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (NotFoundError, FormatError, KeyError, ValueError):
         return []  # no record, or not one of ours
     return edits if isinstance(edits, list) else []

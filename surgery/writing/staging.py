@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
+import json
 import os
-import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from surgery.errors import OutputError
+from surgery.errors import InputError, NotFoundError, OutputError
+from surgery.system import naming, reason, remedy, sync
+from surgery.writing.failures import NOTHING
+from surgery.writing.locks import empty, locked, remove, remove_stage, staging_folder
+
+REPLACED = ".replaced"
+FILES, OLD, IDENTITY, JOURNALS = "files", "old", "identity.json", "journal*.jsonl"
 
 
 def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> None:
@@ -22,7 +29,7 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
         raise OutputError(f"{target} can't be written: {error.strerror}") from error
     problems = []
     real = target.resolve()
-    ours = {_staging_folder(target).resolve(), _replaced_folder(target).resolve()}
+    ours = {staging_folder(target).resolve(), replaced_folder(target).resolve()}
     for path in inputs:
         given = path.resolve()
         if given in ours or not ours.isdisjoint(given.parents):
@@ -47,85 +54,196 @@ def check_target(target: Path, inputs: Iterable[Path], *, overwrite: bool) -> No
             problems.append(
                 f"{target} exists already: choose another place, or replace it with --overwrite"
             )
-        elif any(target.iterdir()) and not _holds_weights(target):
+        elif any(target.iterdir()) and not holds_weights(target):
             problems.append(
                 f"{target} holds no model that could be replaced: choose another place, or remove "
                 f"what is there yourself"
             )
-    aside = _replaced_folder(target)
-    if overwrite and aside.exists() and not problems:
+    aside = replaced_folder(target)
+    if overwrite and aside.exists() and target.exists() and not problems:
         problems.append(
-            f"{aside} is there: it is what an interrupted run was about to replace. Move it back "
-            f"or remove it"
+            f"{aside} is there: it is what a run that was stopped has replaced. Look at it, and "
+            f"remove it with `surgery clean {target}`"
         )
     OutputError.raise_if(problems)
 
 
-def _holds_weights(folder: Path) -> bool:
+def holds_weights(folder: Path) -> bool:
     """Whether a directory is a model, a task vector or an adapter, and not somebody's home."""
     return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
 
 
-@contextmanager
-def staging(target: Path) -> Iterator[Path]:
-    """A new directory beside `target`, gone when the block is left, however it is left.
+@dataclass
+class Stage:
+    """The directory beside `target` in which it is made, ours alone while the lock is held.
 
-    It is locked while it is in use; the lock goes with the process, so that one that was killed
-    leaves nothing that stops the next run: what it left behind is removed here.
+    What gets the final name is in `files`; beside it lie the lock, the journal of finished shards,
+    what tells a later run whether it may go on from them, and in the end what was replaced.
     """
-    folder = _staging_folder(target)
-    if folder.is_symlink():
-        raise OutputError(f"{folder} is a link, and staging needs that name: remove it")
-    lock = None
-    held = False
-    try:  # from the first moment on: an interrupt may come at any
+
+    target: Path
+    folder: Path
+    finished: int = 0
+    """Shards that a later run could keep."""
+    shards: int = 0
+    known: bool = False
+    """Whether it says what is about to be written, so that a later run can go on."""
+
+    @property
+    def files(self) -> Path:
+        return self.folder / FILES
+
+    def read_identity(self) -> Any:
+        """What an earlier run was about to write; None if that isn't known."""
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir(exist_ok=True)
-            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
-            raise OutputError(f"{folder} can't be made: {error.strerror}") from error
+            return json.loads((self.folder / IDENTITY).read_bytes())
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def write_identity(self, identity: Any) -> bool:
+        """Say what is about to be written, as a whole or not at all; False if another run has
+        said so already."""
+        path = self.folder / f"{IDENTITY}.{os.getpid()}.{os.urandom(4).hex()}"
+        with naming(path):
+            path.write_text(json.dumps(identity), "utf-8")
+        sync(path)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise OutputError(f"another run is writing {target}: wait for it") from error
-        held = _is(folder, lock)
-        if not held:  # another run has published what we locked
-            raise OutputError(f"another run has just written {target}")
-        _empty(folder)
-        yield folder
-    finally:
-        if lock is None:
-            with suppress(OSError):  # made, and interrupted before it was opened; or not ours
-                folder.rmdir()
-        else:
-            if held and _is(folder, lock):
-                shutil.rmtree(folder)
-            os.close(lock)
+            os.link(path, self.folder / IDENTITY)  # which no two can do
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without links
+            os.rename(path, self.folder / IDENTITY)
+        finally:
+            path.unlink(missing_ok=True)
+        sync(self.folder)
+        return True
+
+    def count_one(self) -> None:
+        """One more shard is finished."""
+        self.finished += 1
+
+    @property
+    def noted(self) -> int:
+        """Shards that earlier runs have noted as finished."""
+        return sum(path.read_bytes().count(b"\n") for path in self.folder.glob(JOURNALS))
+
+    def clear(self, keep: Collection[str] = ()) -> None:
+        """Remove what an earlier run left, but for the files `keep`; with none, all of it."""
+        if not keep:
+            empty(self.folder)
+        self.files.mkdir(exist_ok=True)
+        for path in self.files.iterdir():
+            if path.name not in keep:
+                remove(path)
+
+    def discard(self) -> None:
+        """Nothing of this is to be kept: it isn't what it has to be."""
+        self.finished = 0
+        self.clear()
+
+    def keeps(self, error: BaseException) -> bool:
+        """Whether what is finished is left for a later run: it is if this one was stopped from
+        outside, and not if it would fail again."""
+        outside = (OSError, MemoryError, OutputError)
+        unread = type(error) in (InputError, NotFoundError)  # but not what is wrong in a file
+        stopped = not isinstance(error, Exception) or isinstance(error, outside) or unread
+        return self.finished > 0 and self.files.is_dir() and stopped
+
+    @property
+    def what_is_kept(self) -> str:
+        return self.how_to_go_on if self.finished else NOTHING
+
+    @property
+    def how_to_go_on(self) -> str:
+        return (
+            f"{self.finished} of {self.shards} shards are finished and kept in {self.folder}: run "
+            f"the same command again to go on, or remove them with `surgery clean {self.target}`"
+        )
 
 
-def publish(folder: Path, target: Path, *, overwrite: bool) -> None:
-    """Move `folder` to `target`, in the place of what is there. Everything in it is synced.
+@contextmanager
+def staging(
+    target: Path, *, overwrite: bool = False, tell: Callable[[str], object] | None = None
+) -> Iterator[Stage]:
+    """A stage for `target`, gone when the block is left, unless it `keeps` what is finished.
+
+    It is locked while it is in use, and the lock goes with the process. What a killed run had
+    put aside to replace it gets its name back. `tell` is called with what is to be known.
+    """
+    folder = staging_folder(target)
+    stage = Stage(target, folder)
+    kept = False
+    with locked(target):
+        try:
+            stage.finished = stage.shards = stage.noted
+            _put_back(target, overwrite, tell)
+            yield stage
+        except BaseException as error:
+            kept = stage.keeps(error)
+            if kept and tell is not None and not isinstance(error, OutputError):
+                tell(stage.how_to_go_on)
+            raise
+        finally:
+            if not kept:
+                _clear_away(folder, tell)
+
+
+def _clear_away(folder: Path, tell: Callable[[str], object] | None) -> None:
+    """Remove a stage; that this fails, on a disk that is gone, say, must not hide why it is."""
+    try:
+        remove_stage(folder)
+    except OSError as error:
+        if tell is not None:
+            tell(f"{folder} can't be removed: {error}")
+
+
+def _put_back(target: Path, overwrite: bool, tell: Callable[[str], object] | None) -> None:
+    """Give what a killed run had put aside its name back."""
+    if not put_back(target):
+        return
+    text = f"{target} was put aside by a run that was stopped, and has its name back"
+    if not overwrite:
+        raise OutputError(f"{text}: choose another place, or replace it with --overwrite")
+    if tell is not None:
+        tell(text)
+
+
+def put_back(target: Path) -> bool:
+    """Rename what was put aside to be replaced back to `target`, if nothing has that name."""
+    aside = replaced_folder(target)
+    if not holds_weights(aside) or aside.is_symlink() or os.path.lexists(target):
+        return False
+    os.rename(aside, target)
+    sync(target.parent)
+    return True
+
+
+def publish(stage: Stage, *, overwrite: bool) -> None:
+    """Move the files of `stage` to its target, in the place of what is there, synced.
 
     Raises OutputError, and leaves what is there as it is, if something came there meanwhile and
     `overwrite` is False, or the move fails.
     """
+    folder, target = stage.files, stage.target
     try:
         for path in [*folder.rglob("*"), folder]:
-            _sync(path)
+            sync(path)
         if target.exists() and any(target.iterdir()):
             if not overwrite:
                 raise OutputError(f"{target} was made by somebody else meanwhile: nothing written")
             _replace(folder, target)
         else:
             os.rename(folder, target)  # also over an empty directory
-        _sync(target.parent)
+            sync(target.parent)
     except OSError as error:
-        raise OutputError(f"{target} can't be published: {error}") from error
+        where = f", at {error.filename}" if error.filename else ""
+        raise OutputError(
+            f"{target} can't be published{where}: {reason(error)}{remedy(error)}"
+        ) from error
 
 
 def _replace(folder: Path, target: Path) -> None:
-    aside = _replaced_folder(target)
+    aside = replaced_folder(target)
     try:
         os.rename(target, aside)
         os.rename(folder, target)
@@ -133,36 +251,25 @@ def _replace(folder: Path, target: Path) -> None:
         if aside.exists() and not target.exists():
             os.rename(aside, target)
         raise
-    shutil.rmtree(aside)
-
-
-def _staging_folder(target: Path) -> Path:
-    return target.parent / f".{target.name}.staging"
-
-
-def _replaced_folder(target: Path) -> Path:
-    return target.parent / f".{target.name}.replaced"
-
-
-def _is(folder: Path, lock: int) -> bool:
-    """Whether the directory that is open as `lock` still has this name."""
+    sync(target.parent)
+    # away from its name in one step: nobody is to take what is half removed for a model
     try:
-        return os.path.samestat(folder.stat(), os.fstat(lock))
-    except FileNotFoundError:
-        return False
+        os.rename(aside, folder.parent / OLD)
+    except OSError as error:
+        raise OutputError(
+            f"{target} is written, and what it has replaced is left in {aside}: {error}"
+        ) from error
 
 
-def _empty(folder: Path) -> None:
-    for path in folder.iterdir():
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+def staged_bytes(target: Path) -> int:
+    """Bytes on the disk that a run before this one has left: used again, or freed."""
+    total = 0
+    for path in staging_folder(target).rglob("*"):
+        with suppress(FileNotFoundError):  # the run may be at work
+            total += path.lstat().st_blocks * 512
+    return total
 
 
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+def replaced_folder(target: Path) -> Path:
+    """Where what `target` replaces lies for a moment."""
+    return target.parent / f".{target.name}{REPLACED}"

@@ -3,28 +3,32 @@ several threads, while bytes that nobody touched are copied from file to file by
 
 from __future__ import annotations
 
-import errno
-import os
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from math import fsum
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Weights
-from surgery.errors import OutputError, SurgeryError
+from surgery.errors import OutputError
 from surgery.files import as_bytes
 from surgery.hub import Source
+from surgery.integrity.seal import input_digests, seal
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
 from surgery.parallel import Progress, default_threads, run_all
-from surgery.tensor import FileSpan, LazyTensor
+from surgery.system import naming
+from surgery.tensor import FileSpan, LazyTensor, input_files
 from surgery.writing.card import model_card
-from surgery.writing.plan import MAX_SHARD_BYTES, Plan, free_bytes, plan
+from surgery.writing.failures import told
+from surgery.writing.journal import Finished, Journal
+from surgery.writing.locks import staging_folder
+from surgery.writing.parts import Part, join, part_of_stage
+from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
-from surgery.writing.staging import check_target, publish, staging
+from surgery.writing.resume import begin
+from surgery.writing.shards import Finisher, OpenShard, copy, write_at
+from surgery.writing.staging import Stage, check_target, publish, staged_bytes, staging
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements computed at a time: 1 MB in float32, which stays in the cache of a core."""
@@ -43,6 +47,8 @@ class Written:
     plan: Plan
     record: Mapping[str, Any]
     tallies: Mapping[str, float]
+    kept: tuple[str, ...] = ()
+    """The shards that an earlier run had finished."""
 
 
 def write(
@@ -57,26 +63,113 @@ def write(
     verification: Mapping[str, Any] | None = None,
     recipe: Any = None,
     command: str | None = None,
+    resume: bool = True,
+    complete: bool = False,
+    tell: Callable[[str], object] | None = None,
+    checksums: bool = False,
+    sign_key: str | Path | None = None,
 ) -> Written:
     """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
 
+    A run that is stopped leaves the shards that it has finished beside the target. With `resume`
+    the next one that is to write the same keeps them, after their bytes are checked; `tell` is
+    called with a line on what is kept, or why nothing is. With `complete` every shard has to be
+    there, as `write_part` leaves it, and what is left to do is done.
+
     `check` is called with the staged checkpoint, opened anew, before it gets its final name; an
     exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
-    data, go into the record. Raises OutputError if the target is in the way, or the disk is full.
+    data, go into the record. With `checksums` the record has the SHA-256 of every input file, and
+    `SHA256SUMS` that of every file written; with `sign_key`, the file of a private key, `model.sig`
+    is a signature of all of them. Raises OutputError if the target is in the way, or the disk is full.
     """
     target = Path(target).absolute()
     prepare(weights, target, overwrite=overwrite)
     layout = plan(weights, max_shard_bytes=max_shard_bytes)
     check_space(layout, target)
-    with staging(target) as folder, _named(folder):
-        tallies = _fill(layout, folder, threads, progress)
-        record = make_record(layout, tallies, verification, command, recipe)
-        _write_small_files(layout, folder, record)
-        _check_staged(layout, folder)
-        if check is not None:
-            check(open_checkpoint(folder))
-        publish(folder, target, overwrite=overwrite)
-    return Written(target, layout, record, tallies)
+    folder, inputs = staging_folder(target), weights.paths
+    with (
+        told(folder, inputs),
+        staging(target, overwrite=overwrite, tell=tell) as stage,
+        told(folder, inputs, lambda: stage.what_is_kept),
+    ):
+        kept = begin(
+            stage,
+            layout,
+            resume=resume,
+            complete=complete,
+            threads=threads,
+            progress=progress,
+            tell=tell,
+        )
+        # one shard is finished when all is, and nothing could be gone on from
+        journal = Journal(stage.folder) if stage.known and len(layout.shards) > 1 else None
+        tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress)
+        digests = input_digests(weights, threads, progress) if checksums else {}
+        record = make_record(layout, tallies, verification, command, recipe, digests)
+        _write_small_files(layout, stage.files, record)
+        try:
+            _check_staged(layout, stage.files)
+            if check is not None:
+                check(open_checkpoint(stage.files))
+            seal(stage.files, checksums=checksums, key=sign_key, threads=threads, progress=progress)
+        except Exception:
+            stage.discard()
+            raise
+        _check_unchanged(weights)
+        publish(stage, overwrite=overwrite)
+    return Written(target, layout, record, tallies, tuple(kept))
+
+
+@dataclass(frozen=True)
+class PartWritten:
+    """What a part has written, and which of its shards were finished before."""
+
+    target: Path
+    plan: Plan
+    part: Part
+    shards: tuple[str, ...]
+    kept: tuple[str, ...]
+
+
+def write_part(
+    weights: Weights,
+    target: str | Path,
+    part: Part,
+    *,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    threads: int | None = None,
+    progress: Progress | None = None,
+    tell: Callable[[str], object] | None = None,
+) -> PartWritten:
+    """Write the shards of one `part` into the stage of `target`, which many processes share, on
+    many machines if the file system is theirs too; `write` with `complete` then makes it whole.
+
+    A part that is written again keeps what it had finished. Raises OutputError if the other parts
+    are of another plan, or another process writes this one.
+    """
+    target = Path(target).absolute()
+    prepare(weights, target, overwrite=overwrite)
+    layout = plan(weights, max_shard_bytes=max_shard_bytes)
+    check_space(layout, target)
+    folder, inputs = staging_folder(target), weights.paths
+    with (
+        told(folder, inputs),
+        part_of_stage(target, part) as stage,
+        told(folder, inputs, lambda: stage.what_is_kept),
+    ):
+        kept = join(stage, layout, part, threads=threads, progress=progress, tell=tell)
+        shards = part.shards(layout)
+        journal = Journal(stage.folder, f"-{part.name}")
+        _fill(layout, stage, shards, kept, journal, threads, progress)
+        _check_unchanged(weights)
+    return PartWritten(target, layout, part, tuple(s.name for s in shards), tuple(kept))
+
+
+def _check_unchanged(weights: Weights) -> None:
+    """Raise FormatError if a file that was read is no longer what it was."""
+    for file in input_files(weights.values()):
+        file.check_unchanged()
 
 
 def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
@@ -86,25 +179,12 @@ def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
 
 def check_space(layout: Plan, target: Path) -> None:
     """Raise OutputError unless the output fits on the disk."""
-    needed, free = layout.bytes_needed, free_bytes(target)
+    needed, free = layout.bytes_needed, free_bytes(target) + staged_bytes(target)
     if needed > free:
         raise OutputError(
             f"{target} needs {needed:,} bytes, and {free:,} are free there: make room, or "
             f"choose another place"
         )
-
-
-@contextmanager
-def _named(folder: Path) -> Iterator[None]:
-    """Say which directory couldn't be written, and why."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, SurgeryError):
-            raise
-        reason = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or error
-        where = error.filename or folder
-        raise OutputError(f"writing to {where} failed: {reason}; nothing was kept") from error
 
 
 def peak_memory(layout: Plan, threads: int | None = None) -> int:
@@ -118,75 +198,97 @@ def peak_memory(layout: Plan, threads: int | None = None) -> int:
     return BARE_MEMORY + (threads or default_threads()) * most
 
 
-# One thing to do: bytes to copy to an offset, or rows to compute.
-_Copy = tuple[int, FileSpan, int]
-_Compute = tuple[int, str, LazyTensor, int, int, int]
+# One thing to do: bytes to copy to an offset, or rows to compute, in a shard; or a measure.
+_Copy = tuple[OpenShard, FileSpan, int]
+_Compute = tuple[OpenShard, str, LazyTensor, int, int, int]
 _Measure = tuple[LazyTensor]
 
 
 def _fill(
-    layout: Plan, folder: Path, threads: int | None, progress: Progress | None
+    layout: Plan,
+    stage: Stage,
+    shards: Sequence[Shard],
+    kept: Mapping[str, Finished],
+    journal: Journal | None,
+    threads: int | None,
+    progress: Progress | None,
 ) -> dict[str, float]:
-    """Write all shards; returns the tallies."""
-    sums: dict[str, list[float]] = defaultdict(list)
-    lock = Lock()
+    """Write those of `shards` that aren't `kept`, sync and note each while the next is computed;
+    returns the tallies of all."""
 
     def work(job: _Copy | _Compute | _Measure) -> None:
         if len(job) == 1:
             _ = job[0].measured
             return
         if len(job) == 3:
-            fd, span, offset = job
-            _copy(fd, span, offset)
+            shard, span, offset = job
+            with naming(shard.path):
+                copy(shard.fd, span, offset)
             done = span.length
+            shard.done(done)
         else:
-            fd, name, tensor, start, stop, offset = job
-            done, tally = _compute(fd, tensor, start, stop, offset)
-            if tally is not None:
-                with lock:
-                    sums[name].append(tally)
+            shard, name, tensor, start, stop, offset = job
+            with naming(shard.path):
+                done, tally = _compute(shard.fd, tensor, start, stop, offset)
+            shard.done(done, name, tally)
         if progress is not None:
             progress(done)
 
-    with ExitStack() as files:
-        fds = {}
-        for shard in layout.shards:
-            fd = os.open(folder / shard.name, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
-            files.callback(os.close, fd)
-            os.ftruncate(fd, shard.size)
-            _write_at(fd, memoryview(shard.head), 0)
-            fds[shard.name] = fd
-        run_all(_jobs(layout, fds), work, threads)
-    return {name: fsum(sums[name]) for name in layout.weights if name in sums}
+    finisher = Finisher(journal, stage.count_one)
+    opened: list[OpenShard] = []
+    left = [shard for shard in shards if shard.name not in kept]
+    try:
+        run_all(_jobs(layout, left, stage.files, finisher, opened), work, threads)
+    finally:
+        finisher.join()
+        for shard in opened:  # those that aren't finished, as something has failed
+            with suppress(OSError):
+                shard.close()
+    if finisher.failure is not None:
+        raise finisher.failure
+    sums: dict[str, float] = {}
+    for finished in [*kept.values(), *finisher.finished]:
+        sums.update(finished.tallies)
+    return {name: sums[name] for name in layout.weights if name in sums}
 
 
-def _jobs(layout: Plan, fds: Mapping[str, int]) -> Iterator[_Copy | _Compute | _Measure]:
-    """All jobs, tensor by tensor. A tensor that has to be measured is so while the one before
-    it is computed: else all threads but one would wait for the measure."""
-    tensors = [
-        (fds[shard.name], name, offset)
-        for shard in layout.shards
-        for name, offset in shard.offsets.items()
-    ]
+def _jobs(
+    layout: Plan, shards: Sequence[Shard], folder: Path, finisher: Finisher, opened: list[OpenShard]
+) -> Iterator[_Copy | _Compute | _Measure]:
+    """All jobs, shard by shard and tensor by tensor. A tensor that has to be measured is so
+    while the one before it is computed: else all threads but one would wait for the measure."""
     weights = layout.weights
-    for number, (fd, name, offset) in enumerate(tensors):
-        for _, ahead, _ in tensors[number + 1 : number + 2] if number else tensors[:2]:
-            if weights[ahead].measure is not None:
-                yield (weights[ahead],)
-        yield from _tensor_jobs(weights[name], name, fd, offset)
+    ahead = [weights[name] for shard in shards for name in shard.offsets]
+    at = 0
+    for shard in shards:
+        file = OpenShard(folder, shard, finisher.put)
+        opened.append(file)
+        for name, offset in shard.offsets.items():
+            for tensor in ahead[at + 1 : at + 2] if at else ahead[:2]:
+                if tensor.measure is not None:
+                    yield (tensor,)
+            at += 1
+            for job in _tensor_jobs(weights[name], name, file, offset):
+                if finisher.failure is not None:
+                    raise finisher.failure
+                file.hand_out()
+                yield job
+        file.close_jobs()
 
 
-def _tensor_jobs(tensor: LazyTensor, name: str, fd: int, offset: int) -> Iterator[_Copy | _Compute]:
+def _tensor_jobs(
+    tensor: LazyTensor, name: str, shard: OpenShard, offset: int
+) -> Iterator[_Copy | _Compute]:
     if (spans := tensor.file_spans()) is not None:
         for span in spans:
             for start in range(0, span.length, COPY_BYTES):
                 part = span.part(start, min(start + COPY_BYTES, span.length))
-                yield fd, part, offset + start
+                yield shard, part, offset + start
             offset += span.length
     else:
         row = tensor.width * tensor.dtype.bits // 8
         for start, stop in tensor.blocks(BLOCK_ELEMENTS):
-            yield fd, name, tensor, start, stop, offset + start * row
+            yield shard, name, tensor, start, stop, offset + start * row
 
 
 def _compute(
@@ -195,46 +297,14 @@ def _compute(
     """Write rows at `offset` of the file. Returns the bytes written, and the rows' tally."""
     tally = None
     if tensor.tally is not None:
-        inputs = tensor.read_inputs(start, stop)
-        tally = tensor.tally(*inputs)
-        rows = tensor.compute(inputs)
+        rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
     else:
         rows = tensor.read(start, stop)
     assert rows.dtype == tensor.dtype.torch
     assert rows.numel() == (stop - start) * tensor.width
     data = as_bytes(rows.contiguous())
-    _write_at(fd, data, offset)
+    write_at(fd, data, offset)
     return len(data), tally
-
-
-def _write_at(fd: int, data: memoryview, offset: int) -> None:
-    while data:
-        done = os.pwrite(fd, data, offset)
-        data, offset = data[done:], offset + done
-
-
-def _copy(fd: int, span: FileSpan, offset: int) -> None:
-    """Copy a span into a file at `offset`, inside the system where it can."""
-    done = 0
-    source = span.file.descriptor
-    while done < span.length and hasattr(os, "copy_file_range"):
-        try:
-            got = os.copy_file_range(
-                source.fd, fd, span.length - done, span.offset + done, offset + done
-            )
-        except OSError as error:
-            if error.errno in (errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL):
-                break  # not between these two files: read and write
-            raise
-        if got == 0:
-            break  # the file has ended, which read_into reports, or can't be copied from
-        done += got
-    buffer = bytearray(min(1 << 20, span.length - done))
-    while done < span.length:
-        part = memoryview(buffer)[: span.length - done]
-        span.file.read_into(part, span.offset + done)
-        _write_at(fd, part, offset + done)
-        done += len(part)
 
 
 def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) -> None:
@@ -248,7 +318,11 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
     for name, content in made.items():
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content if isinstance(content, bytes) else content.read_bytes())
+        with naming(path):
+            if isinstance(content, bytes):
+                path.write_bytes(content)
+            else:
+                shutil.copyfile(content, path)  # in pieces: a companion may be of any size
 
 
 def _check_staged(layout: Plan, folder: Path) -> None:

@@ -32,8 +32,12 @@ from surgery.growth import Growth
 from surgery.modeling.build import build_model
 from surgery.tensor import LazyTensor
 from surgery.verification import find_growths
+from surgery.verification.inputs import make_inputs
+from surgery.verification.outputs import main_output
 
 from .build import Tiny, tokens
+
+Values = Mapping[str, torch.Tensor]
 
 ALPHA = 0.3
 SAME = 1e-5
@@ -50,20 +54,25 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         "stacks": dict(base.anatomy.stacks),
         "mlp": mlp_kind(base),
     }
-    before = cache(lambda: logits(base))
     left = left_out(base)
     if left:
         result["left out"] = left
+    inputs, what, unreached = what_it_runs_on(tiny, base)
+    before = cache(lambda: outputs(base, inputs))
     checks: dict[str, Callable[[], object]] = {
         "anatomy": lambda: check_anatomy(tiny, base),
         "lines": lambda: check_lines(base, tuned[0]),
         "merge": lambda: check_merge(base, tuned),
         "diff": lambda: check_diff(base, tuned[0]),
-        "grow 2": lambda: check_growth(tiny, base, 2, before),
-        "grow 1.5": lambda: check_growth(tiny, base, 1.5, before),
+        "grow 2": lambda: check_growth(base, before, inputs, factor=2),
+        "grow 1.5": lambda: check_growth(base, before, inputs, factor=1.5),
+        "some": lambda: check_growth(base, before, inputs, factor=1.5, layers=some(base)),
+        "padded": lambda: check_growth(
+            base, before, inputs, factor=1.5, layers=some(base), uniform=True
+        ),
     }
     if left:
-        checks["grow all"] = lambda: check_growth(tiny, base, 1.5, before, scope="all")
+        checks["grow all"] = lambda: check_growth(base, before, inputs, factor=1.5, scope="all")
     refused = {}
     for name, check in checks.items():
         try:
@@ -72,7 +81,29 @@ def examine(tiny: Tiny) -> dict[str, Any]:
             refused[name] = reason(refusal.problems, base)
         except Exception as error:  # noqa: BLE001  whatever is raised is a finding
             refused[name] = f"ERROR {type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return result | {"logits": tiny.kind.tokens and tiny.runs, "refused": refused}
+    result |= {"logits": bool(inputs)} | ({"inputs": what} if not tiny.kind.tokens else {})
+    result |= {"not run": unreached} if unreached else {}
+    return result | {"refused": refused}
+
+
+def what_it_runs_on(tiny: Tiny, base: Checkpoint) -> tuple[Values, str, list[str]]:
+    """The inputs that outputs are compared on, nothing where there are none; in words; and the
+    stacks with MLPs that they don't go through."""
+    if tiny.kind.tokens:
+        return ({"input_ids": tokens()} if tiny.runs else {}), "48 tokens", []
+    try:
+        made = make_inputs(base)
+        outputs(base, made.values)
+    except UnsupportedError as refusal:
+        return {}, reason(refusal.problems, base)[:160], []
+    except Exception as error:  # noqa: BLE001  models raise all there is
+        return {}, f"{type(error).__name__}: {' '.join(str(error).split())[:120]}", []
+    return made.values, made.what, sorted({stack for stack, _, _ in made.unreached or ()})
+
+
+def some(base: Checkpoint) -> str:
+    """The last of the layers that have an MLP."""
+    return str(max((mlp.block for mlp in base.anatomy.every_mlp), default=0))
 
 
 def reason(problems: tuple[str, ...], base: Checkpoint) -> str:
@@ -209,29 +240,25 @@ def check_diff(base: Checkpoint, tuned: Checkpoint) -> None:
 
 
 def check_growth(
-    tiny: Tiny,
-    base: Checkpoint,
-    factor: float,
-    before: Callable[[], torch.Tensor],
-    scope: str | None = None,
+    base: Checkpoint, before: Callable[[], torch.Tensor], inputs: Values, **options: Any
 ) -> list[Growth]:
-    """The certificate holds and the logits stay what they were before; with the split forgotten
+    """The certificate holds and the outputs stay what they were before; with the split forgotten
     neither is so. A random choice, so that neurons that aren't of one MLP would be told."""
-    grown = grow(base, factor=factor, scope=scope, choose="random")
+    grown = grow(base, choose="random", **options)
     growths = list(find_growths(base, grown))
     assert growths, "no growth was found in what was grown"
     certificate = certify(base, grown, growths)
     assert certificate.holds, certificate.failures[:2]
-    wrong = _without_split(base, grown, growths) if factor != 2 else None
+    wrong = _without_split(base, grown, growths) if options["factor"] != 2 else None
     if wrong is not None:
         assert not certify(base, wrong, growths).holds, "the certificate holds without the split"
-    if not (tiny.kind.tokens and tiny.runs):
+    if not inputs:
         return growths
-    outputs = before()
-    off = apart(logits(grown), outputs)
+    were = before()
+    off = apart(outputs(grown, inputs), were)
     assert off <= SAME, f"logits are apart by {off:.3g}"
-    if wrong is not None:
-        off = apart(logits(wrong), outputs)
+    if wrong is not None and "input_ids" in inputs:  # a head may not look at what a tower makes
+        off = apart(outputs(wrong, inputs), were)
         assert off > 3 * SAME, f"without the split logits are apart by {off:.3g} only"
     return growths
 
@@ -261,14 +288,21 @@ class Given:
         return self.values.reshape(tensor.shape_of(tensor.rows))[start:stop].clone()
 
 
-def logits(checkpoint: Checkpoint) -> torch.Tensor:
-    """Of the tokens that every type gets, in float64 where the model can."""
+def outputs(checkpoint: Checkpoint, inputs: Values) -> torch.Tensor:
+    """Logits, or what else a model gives first, in float64 where the model can."""
     for dtype in (torch.float64, torch.float32):
         built = build_model(checkpoint, dtype, "cpu")
         assert not built.missing, f"not in the files: {built.missing[:3]}"
         try:
-            with torch.no_grad():
-                return built.model(input_ids=tokens()).logits.double()
+            given = {
+                name: value.to(dtype) if value.is_floating_point() else value
+                for name, value in inputs.items()
+            }
+            with torch.no_grad(), torch.random.fork_rng():
+                torch.manual_seed(0)
+                found = main_output(built.model(**given))
+            assert found is not None
+            return found[1].double()
         except RuntimeError:
             if dtype is torch.float32:
                 raise

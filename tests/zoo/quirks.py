@@ -7,6 +7,20 @@ from typing import Any
 _EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1}
 _ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
+_INDEXER = {
+    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
+    "indexer_compress_ratio": 4,
+}  # fmt: skip
+_OCR = {
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1,
+    "mlp_layer_types": ["dense", "sparse", "sparse"],
+}  # fmt: skip
+_MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}
+_ADAPTERS = {
+    "vision_config": {"adapter_in_dim": 48, "adapter_out_dim": 32},
+    "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 32},
+}
+
 QUIRKS: dict[str, dict[str, Any]] = {
     # the default config lacks what the model needs
     "autoformer": {"prediction_length": 8},
@@ -19,16 +33,36 @@ QUIRKS: dict[str, dict[str, Any]] = {
     },
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_experts_per_tok": 2, "n_group": 1, "topk_group": 1},
+    "deepseek_ocr2": {"text_config": _OCR},
+    "deepseek_ocr2_text": _OCR,
     "dots1": _EXPERTS | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 24},
     "esm": {"vocab_size": 120, "pad_token_id": 1, "mask_token_id": 32},
+    "ernie4_5_vl_moe": {"text_config": _MROPE},
+    "ernie4_5_vl_moe_text": _MROPE,
+    "gemma4_unified_assistant": {
+        "text_config": {
+            "num_hidden_layers": 3,
+            "num_kv_shared_layers": 1,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+        }
+    },
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "informer": {"prediction_length": 8},
+    "hunyuan_vl": {"text_config": {"head_dim": 8}},
+    "hunyuan_vl_text": {"head_dim": 8},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "time_series_transformer": {"prediction_length": 8},
     # sizes that have to agree: heads times their size is twice the hidden size
+    "dots3_note": {"text_config": {"head_dim": 16}, **_ADAPTERS},
+    "dots3_note_audio_encoder": {"adapter_input_size": 32},
+    "dots3_note_text": {"head_dim": 16},
+    "glm5_next": {"text_config": {"index_topk": 16}},
+    "glm5_next_text": {"index_topk": 16},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},

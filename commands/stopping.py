@@ -1,0 +1,55 @@
+"""What Ctrl-C, or a job scheduler's SIGTERM, does to a verb: it cleans up if it is at work; it has
+nothing to clean up if it hasn't begun, and is on its way out if it is done."""
+
+from __future__ import annotations
+
+import os
+import signal
+from enum import Enum
+from types import FrameType
+
+
+class Phase(Enum):
+    """How far the process has come."""
+
+    starting = "starting"
+    at_work = "at work"
+    done = "done"
+
+
+class Terminated(KeyboardInterrupt):
+    """A job scheduler's SIGTERM, which cleans up as Ctrl-C does."""
+
+
+phase = Phase.starting
+
+
+def take_signals() -> None:
+    """Have `stop` called from now on."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, stop)
+
+
+def stop(number: int, frame: FrameType | None) -> None:
+    """Answer a signal."""
+    if phase is Phase.at_work:
+        raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
+    if phase is Phase.starting:
+        os.write(2, f"{said(number)}\n".encode())
+        os._exit(exit_code(number))
+
+
+def number_of(interrupt: KeyboardInterrupt) -> int:
+    """The signal that came."""
+    return signal.SIGTERM if isinstance(interrupt, Terminated) else signal.SIGINT
+
+
+def said(number: int) -> str:
+    """What is printed in the end."""
+    word = "terminated" if number == signal.SIGTERM else "interrupted"
+    return f"{word}: nothing half-written was left under the final name"
+
+
+def exit_code(number: int) -> int:
+    """128 and the number of the signal, as shells have it."""
+    return 128 + number

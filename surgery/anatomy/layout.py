@@ -1,0 +1,106 @@
+"""How the matrices of a stack are stored, (out, in) or (in, out), where no bias tells; and what
+neither names nor shapes tell of an MLP, so that it can't be grown unless a user says it."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+
+from surgery.anatomy.mlp import MLP
+from surgery.anatomy.places import Place, Role
+from surgery.tensor import LazyTensor
+
+SAY = "--anatomy can say it (`surgery inspect MODEL --as-anatomy` prints what to start from)"
+
+_IN = re.compile(
+    r"(^|[._])(q|k|v|w?qkv|query|key|value|query_key_value|c_attn|up|gate|gate_up|wi|wi_[01]|w1|w3"
+    r"|c_fc|fc1|fc_in|lin1|linear1|in|inner|expand|intermediate|dense_h_to_4h)"
+    r"(_proj|_lin|_linear)?([._]dense)?$",
+    re.IGNORECASE,
+)
+_OUT = re.compile(
+    r"(^|[._])(o|wo|out|output|down|w2|fc2|fc_out|lin2|linear2|c_proj|contract|dense_4h_to_h)"
+    r"(_proj|_lin|_linear)?([._]dense)?$",
+    re.IGNORECASE,
+)
+_HALVES = re.compile(
+    r"gate_?(and_?)?up|up_?(and_?)?gate|(^|[._])(fc1|linear_fc1|wi|w12|w13|w1_w3)\b", re.IGNORECASE
+)
+_CHOICE = re.compile(r"router|(^|[._])(gate|selector|switch|chooser|pick)(\.weight)?$")
+
+
+def told_layouts(
+    tensors: Mapping[str, LazyTensor],
+    places: Mapping[str, Place],
+    hidden: Mapping[tuple[str, int], int | None],
+) -> dict[str, set[bool]]:
+    """What names and shapes together say, for every stack: True for (in, out), False for (out, in).
+
+    By the names of the matrices that lead from the hidden states or back; and of three that make a
+    gated MLP the two that are alike lead from them.
+    """
+    told: dict[str, set[bool]] = {}
+    loose: dict[tuple[str, int], Counter[tuple[int, ...]]] = {}
+    for name, place in places.items():
+        if place.stack is None or place.block is None or place.role is Role.MIXER:
+            continue
+        found = told.setdefault(place.stack, set())
+        size, shape = hidden[place.stack, place.block], tensors[name].shape
+        if len(shape) != 2 or shape[0] == shape[1] or size not in shape:
+            continue
+        stem = place.inner.removesuffix(".weight")
+        if _OUT.search(stem) or _IN.search(stem):
+            found.add((shape[0] == size) != bool(_OUT.search(stem)))
+        if place.role in (Role.UNKNOWN, Role.MLP):
+            loose.setdefault((place.stack, place.block), Counter())[shape] += 1
+    for (stack, block), shapes in loose.items():
+        (most, count), *others = shapes.most_common()
+        if count == 2 and others == [(most[::-1], 1)]:
+            told[stack].add(most[0] == hidden[stack, block])
+    return told
+
+
+def what_is_not_told(
+    mlp: MLP,
+    tensors: Mapping[str, LazyTensor],
+    layouts: Collection[bool],
+    config: Mapping[str, object],
+) -> str | None:
+    """Why an MLP may be another than it looks, if so. `tensors` are those of its block that don't
+    mix tokens, `layouts` is what is told of its stack. A model type settles what only running the
+    model can tell: that is how growth is verified."""
+    block = f"{mlp.stack}.{mlp.block}."
+    up, down = mlp.ups[0], mlp.down.weight.removeprefix(block)
+    first = up.weight.removeprefix(block)
+    if other := _chooses(mlp, tensors):
+        return (
+            f"{other.removeprefix(block)} may choose between experts that lie in {down} side by "
+            f"side; if not, {SAY}"
+        )
+    if "model_type" in config:
+        return None
+    if not mlp.gated and up.bias is None and up.experts is None and not layouts:
+        return f"nothing tells whether {first} and {down} are stored (out, in) or (in, out); {SAY}"
+    gpt_oss = up.experts is not None and up.bias is not None  # which has them neuron by neuron
+    if up.parts == 2 and not up.interleaved and (gpt_oss or not _HALVES.search(up.weight)):
+        return (
+            f"nothing tells whether gate and up are the halves of {first} or lie neuron by "
+            f"neuron; {SAY}"
+        )
+    return None
+
+
+def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> str | None:
+    """A matrix that gives a few numbers for each token, by which its width can be divided, in the
+    module of the MLP or named like a router."""
+    module = mlp.down.weight.removesuffix(".weight").rpartition(".")[0] + "."
+    own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
+    for name, tensor in tensors.items():
+        if name in mlp.tensors or len(tensor.shape) != 2 or mlp.hidden not in tensor.shape:
+            continue
+        few = min(tensor.shape)
+        near = (own and name.startswith(module)) or _CHOICE.search(name)
+        if 1 < few < mlp.hidden and mlp.width % few == 0 and near:
+            return name
+    return None

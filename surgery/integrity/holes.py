@@ -1,0 +1,63 @@
+"""Files that lack bytes which their header promises: found before anything is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from os import fstat
+from typing import TYPE_CHECKING
+
+from surgery.errors import FormatError
+from surgery.files import InputFile
+from surgery.tensor import FileSpan, LazyTensor
+
+if TYPE_CHECKING:
+    from surgery.pages import Zeros
+
+Range = tuple[int, int]
+
+
+def refuse_holes(tensors: Iterable[LazyTensor]) -> None:
+    """Raise FormatError with every hole in the files of `tensors` that stands for values.
+
+    A hole reads as zeros, and may stand for zeros: a copy that leaves them out makes one. It does
+    where the zeros around it are whole rows, or columns (see surgery/pages.py).
+    """
+    FormatError.raise_if(_problems(tensors))
+
+
+def _problems(tensors: Iterable[LazyTensor]) -> Iterator[str]:
+    found: dict[InputFile, list[Range]] = {}
+    for tensor in tensors:
+        span = tensor.leaf
+        if not isinstance(span, FileSpan):
+            continue
+        if span.file not in found:
+            found[span.file] = holes_of(span.file)
+        if found[span.file]:
+            from surgery.pages import Zeros, allowed, never_written
+
+            for run, kind in holes_in(tensor, span, found[span.file]):
+                if kind in (Zeros.FILLED, Zeros.ODD) and not allowed():
+                    yield never_written(run, span, hole=True)
+
+
+def holes_of(file: InputFile) -> list[Range]:
+    """The holes of a file; none of one that stayed on the Hub. The file is open for that only: a
+    checkpoint that is just looked at holds no descriptors."""
+    if not file.path.exists():
+        return []
+    opened = InputFile(file.path)
+    return opened.holes(fstat(opened.descriptor.fd).st_size)
+
+
+def holes_in(
+    tensor: LazyTensor, span: FileSpan, holes: Iterable[Range]
+) -> Iterator[tuple[Range, Zeros]]:
+    """The parts of `tensor` that lie in holes of its file, and what they look like."""
+    from surgery.pages import kind_of, layout_of, reader
+
+    layout, read = layout_of(span, tensor), reader(span.file)
+    for start, stop in holes:
+        run = max(start, layout.start), min(stop, layout.stop)
+        if run[0] < run[1]:
+            yield run, kind_of(run, layout, read)

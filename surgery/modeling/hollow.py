@@ -1,0 +1,206 @@
+"""A model without weights that runs: what is made of its parameters are zeros of the right shape,
+and matrix products cost nothing. What inputs a model takes, and which of its modules they
+go through, is told by running it, before its weights are read."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from surgery.checkpoint import Checkpoint
+from surgery.errors import UnsupportedError
+from surgery.modeling.build import class_to_build
+from surgery.modeling.quiet import quiet
+from surgery.modeling.stock import block_modules, build_config
+
+if TYPE_CHECKING:
+    import torch
+
+
+MOST_VALUES = 1 << 26
+"""Values that may be made: more come of inputs that weren't meant."""
+LARGE = 1 << 14
+
+
+class HollowModel:
+    """The model of a checkpoint's config, with parameters that take no memory."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.model = _empty(checkpoint)
+        self.config = self.model.config
+
+    @cached_property
+    def accepts(self) -> Mapping[str, bool]:
+        """The named arguments of `forward`, and whether each has to be given."""
+        return _named(self.model.forward)
+
+    def run(self, values: Mapping[str, Any], method: str = "forward") -> tuple[Any, frozenset[str]]:
+        """What a method (`forward`, `get_image_features`) returns for these arguments, of which
+        it gets those that it has names for, and the names of all modules that were called.
+
+        Raises whatever the model raises.
+        """
+        import torch
+
+        called: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
+            for name, module in self.model.named_modules(remove_duplicate=False)
+        ]
+        run = getattr(self.model, method) if method != "forward" else self.model
+        names = _named(getattr(self.model, method))
+        given = {name: value for name, value in values.items() if name in names}
+        try:
+            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _shapes_only():
+                torch.manual_seed(0)
+                result = run(**given)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return result, frozenset(called)
+
+    def module_of(self, stack: str, block: int, inner: str) -> str | None:
+        """The name of the module that holds the parameter `inner` of a block, as it is on disk;
+        of the closest one around it that is there and is called. None where there is no block."""
+        from torch import nn
+
+        try:
+            blocks = block_modules(self.model, stack)
+        except UnsupportedError:
+            return None
+        if block >= len(blocks):
+            return None
+        names: dict[int, str] = {id(module): name for name, module in self.model.named_modules()}
+        modules = dict(blocks[block].named_modules())
+        path = inner
+        while path:
+            path = path.rpartition(".")[0]
+            found = modules.get(path)
+            if found is not None and not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
+                return names[id(found)]
+        return names[id(blocks[block])]
+
+
+def _named(function: Any) -> dict[str, bool]:
+    parameters = inspect.signature(function).parameters.values()
+    return {
+        one.name: one.default is inspect.Parameter.empty
+        for one in parameters
+        if one.kind in (one.POSITIONAL_OR_KEYWORD, one.KEYWORD_ONLY)
+    }
+
+
+def _empty(checkpoint: Checkpoint) -> Any:
+    import torch
+
+    config = build_config(checkpoint.settled_config)
+    for part in (config, config.get_text_config()):
+        part.use_cache = False
+    cls = class_to_build(checkpoint)
+    with torch.device("meta"), quiet():
+        model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.zeros_like(buffer, device="cpu"))
+    if model._can_set_experts_implementation():
+        model.set_experts_implementation("eager")
+    with quiet(), torch.random.fork_rng(devices=[]):
+        model.initialize_weights()  # buffers that aren't in files: rotary frequencies, positions
+    return model.eval()
+
+
+def _shapes_only() -> Any:
+    """Inside it parameters and what is made of them have shapes and no values (they are on
+    "meta", and say that they are on the CPU). Whole numbers, which models ask about, are real:
+    those that are made of such tensors are zeros."""
+    import torch
+    from torch.nn import functional
+    from torch.overrides import TorchFunctionMode
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    products = {
+        *(functional.linear, functional.scaled_dot_product_attention, torch.einsum),
+        *(functional.conv1d, functional.conv2d, functional.conv3d),
+        *(torch.matmul, torch.mm, torch.bmm, torch.baddbmm, torch.addmm),
+        *(torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__),
+    }
+    get_device = torch.Tensor.device.__get__
+
+    def nowhere(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.to("meta")
+
+    def real(tensor: torch.Tensor) -> torch.Tensor:
+        return torch.zeros_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+    def settled(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor if tensor.is_floating_point() else real(tensor)
+
+    class ShapesOnly(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):  # type: ignore[no-untyped-def]
+            kwargs = kwargs or {}
+            if func == get_device:
+                return torch.device("cpu")
+            tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+            if func not in products and not any(tensor.is_meta for tensor in tensors):
+                if sum(tensor.numel() for tensor in tensors) > LARGE:
+                    _check_size(func, args, kwargs)
+                return func(*args, **kwargs)
+            name = getattr(func, "__name__", "")
+            if name == "__setitem__" or (name.endswith("_") and not name.endswith("__")):
+                return args[0]  # in place: the shape stays, and there are no values
+            if name.startswith("new_") and name != "new_tensor":
+                return func(*args, **{**kwargs, "device": kwargs.get("device") or "cpu"})
+            if func is functional.embedding and not args[0].is_meta and args[0].numel():
+                _check_range(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+            if name == "__getitem__":
+                return args[0].to("meta")[_as_index(args[1])]
+            try:
+                made = func(*tree_map_only(torch.Tensor, nowhere, args),
+                            **tree_map_only(torch.Tensor, nowhere, kwargs))  # fmt: skip
+            except Exception:  # it asks for values, or it is wrong on zeros too
+                if sum(tensor.numel() for tensor in tensors) > MOST_VALUES:
+                    raise
+                made = func(*tree_map_only(torch.Tensor, real, args),
+                            **tree_map_only(torch.Tensor, real, kwargs))  # fmt: skip
+            return tree_map_only(torch.Tensor, settled, made)
+
+    return ShapesOnly()
+
+
+def _check_size(func: Any, args: Any, kwargs: Any) -> None:
+    """A mask that is taken for another kind of mask can ask for more memory than there is."""
+    import torch
+    from torch.utils._pytree import tree_leaves, tree_map_only
+
+    try:
+        made = func(*tree_map_only(torch.Tensor, lambda t: t.to("meta"), args),
+                    **tree_map_only(torch.Tensor, lambda t: t.to("meta"), kwargs))  # fmt: skip
+    except Exception:  # noqa: BLE001  how much it makes depends on values
+        return
+    sizes = [t.numel() for t in tree_leaves(made) if isinstance(t, torch.Tensor)]
+    if max(sizes, default=0) > MOST_VALUES:
+        raise MemoryError(f"an operation would make {max(sizes):,} values")
+
+
+def _check_range(ids: torch.Tensor, table: torch.Tensor) -> None:
+    if not 0 <= int(ids.min()) <= int(ids.max()) < table.shape[0]:
+        raise IndexError(f"there are {table.shape[0]} rows, and {int(ids.max())} is looked up")
+
+
+def _as_index(index: Any) -> Any:
+    """An index of something without values: how many a mask takes has to be counted before."""
+    import torch
+
+    found: list[Any] = []
+    for part in index if isinstance(index, tuple) else (index,):
+        if not isinstance(part, torch.Tensor) or part.is_meta:
+            found.append(part)
+        elif part.dtype == torch.bool and part.dim():
+            found += [at.to("meta") for at in part.nonzero(as_tuple=True)]
+        else:
+            found.append(part.to("meta") if part.dim() else part.item())
+    return tuple(found)
