@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -37,10 +37,31 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
 
     Raises UnsupportedError if the weights don't fit the architecture.
     """
+    state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
+    return _loaded(checkpoint, state, dtype, device)
+
+
+def build_deferred(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Built:
+    """The same model without its weights, which nothing has read yet: see `run_together`.
+
+    Buffers, and parameters that the checkpoint lacks, are there. Raises UndeferrableError where
+    the loader needs the values of a weight.
+    """
+    from surgery.modeling.deferred import recording, settle
+
+    state = {name: _Later(tensor) for name, tensor in checkpoint.items()}
+    with recording():
+        built = _loaded(checkpoint, state, dtype, "cpu")
+    settle(built.model, device)
+    return built
+
+
+def _loaded(
+    checkpoint: Checkpoint, state: Mapping[str, Any], dtype: torch.dtype, device: str
+) -> Built:
     import torch
 
     cls = class_to_build(checkpoint)
-    state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
     options: dict[str, Any] = {"attn_implementation": "eager"}  # sdpa has no soft cap (Gemma 2)
     if cls._can_set_experts_implementation():
         options["experts_implementation"] = "eager"  # grouped_mm has no float64
@@ -90,6 +111,17 @@ class _OnDemand:
         if index is not Ellipsis:
             raise TypeError("this tensor is read whole")
         return self._tensor.whole()
+
+
+class _Later(_OnDemand):
+    """The same, read when the weight is used."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        from surgery.modeling.deferred import Deferred
+
+        if index is not Ellipsis:
+            raise TypeError("this tensor is read whole")
+        return Deferred.of(self._tensor)
 
 
 @contextlib.contextmanager
