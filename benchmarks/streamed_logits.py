@@ -27,7 +27,6 @@ from dataclasses import replace
 from datetime import datetime, timezone
 from math import prod
 from pathlib import Path
-from statistics import median
 
 from checkpoints import SHAPES, SPREAD, Shape
 from measure import files_of, machine, run
@@ -81,11 +80,13 @@ def compare(folder: Path, limit: float, streamed: bool) -> None:
 
 
 def arithmetic(shape: Shape) -> None:
-    """In a process of its own: seconds of the forward passes, without any weights to fetch."""
+    """In a process of its own: seconds of the forward passes by the clock and of CPU, without any
+    weights to fetch."""
+    import numpy
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    def seconds(mlp: int, layers: int) -> float:
+    def seconds(mlp: int, layers: int) -> numpy.ndarray:
         config = {**replace(shape, mlp=mlp, layers=layers).config(), "dtype": "float32"}
         with torch.inference_mode():
             model = LlamaForCausalLM._from_config(
@@ -94,15 +95,15 @@ def arithmetic(shape: Shape) -> None:
             ids = torch.randint(0, shape.vocabulary, (2, TOKENS // 2))
             times = []
             for _ in range(6):
-                start = time.perf_counter()
+                start = time.perf_counter(), time.process_time()
                 model(ids, use_cache=False)
-                times.append(time.perf_counter() - start)
-        return median(times[1:])
+                times.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+        return numpy.median(times[1:], axis=0)
 
     head = seconds(shape.mlp, 0)
     base = seconds(shape.mlp, 1) - head
     grown = seconds(int(shape.mlp * FACTOR), 1) - head
-    print((2 * base + grown) * shape.layers + 3 * head, file=sys.stderr)
+    print(*((2 * base + grown) * shape.layers + 3 * head), file=sys.stderr)
 
 
 def main() -> None:
@@ -138,27 +139,27 @@ def report(folder: Path, limit: float, layers: int, repeat: int) -> None:
     size = sum(file.stat().st_size for file in files_of([folder]))
     where, today = machine(folder), datetime.now(timezone.utc).date()
     print(f"{size / 1e9:.1f} GB in bfloat16. {where}. {today}.\n")
-    print("| | wall | CPU | private memory | reading | arithmetic | x floor |")
-    print("|---|--:|--:|--:|--:|--:|--:|")
+    print("| | wall | CPU | private memory | reading | arithmetic | its CPU | x floor |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
     for _ in range(repeat):
         reading = run(["sh", "-c", f"cat {files} | cat > /dev/null"]).wall
         done = run([*me, "--work", str(folder), "--part", "compare"])
-        alone = said(["--layers", str(layers), "--part", "arithmetic"])
+        alone, cpu = said(["--layers", str(layers), "--part", "arithmetic"])
         print(
             f"| logits, {TOKENS} tokens, 3 models | {done.wall:.1f} s | {done.cpu:.1f} s | "
             f"{done.private / 1e6:,.0f} MB | {reading:.1f} s | {alone:.1f} s | "
-            f"{done.wall / (reading + alone):.2f} |",
+            f"{cpu:.1f} s | {done.wall / (reading + alone):.2f} |",
             flush=True,
         )
 
 
-def said(options: list[str]) -> float:
-    """The number that this script prints with these options, in another process."""
+def said(options: list[str]) -> list[float]:
+    """The numbers that this script prints with these options, in another process."""
     import subprocess
 
     command = [sys.executable, __file__, *options]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
-    return float(done.stderr.split()[-1])
+    return [float(number) for number in done.stderr.splitlines()[-1].split()]
 
 
 if __name__ == "__main__":

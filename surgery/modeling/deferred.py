@@ -41,7 +41,7 @@ class Step:
 class Deferred(torch.Tensor):
     """A tensor with a shape and a type, and the recipe of its values: a lazy tensor, or a step.
 
-    Where an operation needs the values outside of `recording`, they are made for it, and dropped.
+    Where an operation needs the values outside of `recording`, they are made for it (`made_by`).
     """
 
     recipe: LazyTensor | Step
@@ -110,7 +110,8 @@ Read = Callable[[LazyTensor, torch.dtype | None], torch.Tensor]
 
 
 def evaluate(deferred: Deferred, read: Read, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The values: lazy tensors as `read` gives them on `device`, where all steps are taken."""
+    """The values: lazy tensors as `read` gives them on `device`, where all steps are taken. To be
+    called `apart`."""
     return _evaluate(deferred.recipe, read, torch.device(device))
 
 
@@ -127,8 +128,7 @@ def _evaluate(recipe: LazyTensor | Step, read: Read, device: torch.device) -> to
             return item.to(device)
         return device if isinstance(item, torch.device) else item
 
-    with torch.no_grad():
-        result = recipe.func(*_mapped(recipe.args, value), **_mapped(recipe.kwargs, value))
+    result = recipe.func(*_mapped(recipe.args, value), **_mapped(recipe.kwargs, value))
     made: torch.Tensor = result if recipe.part is None else result[recipe.part]
     return made
 
@@ -230,15 +230,36 @@ def _failure(why: str) -> UndeferrableError:
     return error
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside it weights are made as if no model was running: they are ordinary tensors, and modes
+    that swap types or operations aren't for them."""
+    with torch._C.DisableTorchFunction(), torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def made_by(make: Callable[[Deferred], torch.Tensor]) -> Iterator[None]:
+    """Inside it, in this thread, `make` gives the values of weights that operations need."""
+    _local.make = make
+    try:
+        yield
+    finally:
+        del _local.make
+
+
 def _values(item: Any) -> Any:
     if not isinstance(item, Deferred):
         return item
+    make = getattr(_local, "make", None)
+    if make is not None:
+        return make(item)
     device = item.device
 
     def read(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
         return tensor.whole().to(device=device, dtype=dtype)
 
-    with torch._C.DisableTorchFunction():
+    with apart():
         return evaluate(item, read, device)
 
 

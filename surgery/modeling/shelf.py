@@ -83,6 +83,8 @@ class Reader:
         """The whole tensor, in its own type or in `dtype`. Others may hold it too: it isn't to be
         written to."""
         own = tensor.dtype.torch
+        if isinstance(tensor.kernel, partial) and tensor.kernel.func is torch.index_select:
+            return self._selected(tensor, dtype or own)
         held = {}
         for leaf in leaves(tensor):
             key = same_bytes(leaf)
@@ -100,6 +102,18 @@ class Reader:
         if out.numel():
             leaf.leaf.file.read_into(as_bytes(out), leaf.leaf.offset)
         return out
+
+    def _selected(self, tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
+        """Rows or columns in another order, without a copy in between."""
+        assert tensor.kernel is not None
+        (given,) = tensor.inputs
+        values = self.buffers.empty(tensor.shape, tensor.dtype.torch)
+        tensor.kernel(self.read(given), out=values)
+        return (
+            values
+            if dtype == values.dtype
+            else self.buffers.empty(tensor.shape, dtype).copy_(values)
+        )
 
     def _filled(self, tensor: LazyTensor, dtype: torch.dtype) -> torch.Tensor:
         out = self.buffers.empty(tensor.shape, dtype)

@@ -13,21 +13,26 @@ import contextlib
 import threading
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
 
-from surgery.modeling.deferred import Deferred, evaluate, same_values, sources
+from surgery.modeling.deferred import Deferred, apart, evaluate, made_by, same_values, sources
 from surgery.modeling.lanes import Lane, Sent, buffers, lane_to
 from surgery.modeling.shelf import Reader, Shelf, leaves, same_bytes
+from surgery.parallel import keep_freed_memory
 from surgery.tensor import LazyTensor
 
 Result = TypeVar("Result")
 
 LEAST_BUDGET = 1 << 28
+KEPT_BUFFERS = 1 << 30
+"""Bytes of bytes that are shared, and of memory that waits for the next weight."""
+
 _REACH_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules of torch that use the weights of modules inside them without calling those."""
 
@@ -41,6 +46,7 @@ def run_together(
     The results don't depend on how the threads take turns. The first error stops all of them, and
     is raised here.
     """
+    keep_freed_memory()
     units = [_units(model) for model in models]
     weights = _Weights(units, device)
     gate = _Gate([len(found) for found in units])
@@ -50,7 +56,7 @@ def run_together(
     def work(index: int) -> None:
         turn = _Turn(gate, index, weights, lane_to(device))
         try:
-            with turn, contextlib.ExitStack() as hooks:
+            with turn, made_by(turn.unasked), contextlib.ExitStack() as hooks:
                 for unit in units[index]:
                     hooks.enter_context(turn.attached(unit))
                 results[index] = calls[index]()
@@ -89,11 +95,19 @@ class _Unit:
     keys: dict[tuple[Any, str], Hashable] = field(default_factory=dict)
     depth: int = 0
 
-    @property
-    def bytes(self) -> set[Hashable]:
-        """The bytes of files that the weights are made of."""
+    @cached_property
+    def bytes(self) -> dict[Hashable, int]:
+        """The bytes of files that the weights are made of, and how many they are."""
         made_of = (source for weight in self.weights.values() for source in sources(weight))
-        return {same_bytes(leaf) for source in made_of for leaf in leaves(source)}
+        return {same_bytes(leaf): leaf.nbytes for source in made_of for leaf in leaves(source)}
+
+    @property
+    def nbytes_read(self) -> int:
+        return sum(self.bytes.values())
+
+    @property
+    def nbytes(self) -> int:
+        return sum(weight.nbytes for weight in self.weights.values())
 
 
 def _units(model: Any) -> list[_Unit]:
@@ -128,7 +142,7 @@ class _Gate:
         self._stopped = False
         self._changed = threading.Condition()
 
-    def wait(self, index: int, needed: set[Hashable]) -> None:
+    def wait(self, index: int, needed: AbstractSet[Hashable]) -> None:
         """Until these bytes are those that somebody else is using, or it is our turn to read."""
         with self._changed:
             while not (self._stopped or needed <= self._announced or self._is_last(index)):
@@ -158,6 +172,7 @@ class _Turn:
 
     def __init__(self, gate: _Gate, index: int, weights: _Weights, lane: Lane) -> None:
         self._gate, self._index, self._weights, self._lane = gate, index, weights, lane
+        self._unasked: dict[object, torch.Tensor] = {}
 
     def __enter__(self) -> None:
         self._gate.arithmetic.acquire()
@@ -181,16 +196,17 @@ class _Turn:
         unit.depth += 1
         if unit.depth > 1:  # called inside itself
             return
-        self._gate.arithmetic.release()
-        try:
-            self._gate.wait(self._index, unit.bytes)
-            # what the model runs in (verification in float64 swaps types) isn't for its weights
-            with torch._C.DisableTorchFunction(), self._lane:
-                values = {at: self._weights.take(unit, at, self._lane) for at in unit.weights}
-        finally:
-            self._gate.arithmetic.acquire()
-        for (owner, name), value in values.items():
-            setattr(owner, name, nn.Parameter(self._lane.arrived(value), requires_grad=False))
+        self._unasked.clear()
+        with apart():
+            self._gate.arithmetic.release()
+            try:
+                self._gate.wait(self._index, unit.bytes.keys())
+                with self._lane:
+                    values = {at: self._weights.take(unit, at, self._lane) for at in unit.weights}
+            finally:
+                self._gate.arithmetic.acquire()
+            for (owner, name), value in values.items():
+                setattr(owner, name, nn.Parameter(self._lane.arrived(value), requires_grad=False))
 
     def _after(self, unit: _Unit, *_: object) -> None:
         unit.depth -= 1
@@ -198,6 +214,16 @@ class _Turn:
             for (owner, name), weight in unit.weights.items():
                 setattr(owner, name, weight)
             self._lane.done()
+
+    def unasked(self, weight: Deferred) -> torch.Tensor:
+        """A weight of a module that doesn't run itself: another uses it. Kept until the next
+        module runs, since a loop may use it often."""
+        if weight.recipe not in self._unasked:
+            with apart():
+                with self._lane:
+                    sent = self._weights.make(weight, self._lane)
+                self._unasked[weight.recipe] = self._lane.arrived(sent)
+        return self._unasked[weight.recipe]
 
 
 class _Weights:
@@ -207,30 +233,31 @@ class _Weights:
         self._device = device
         uses: Counter[Hashable] = Counter()
         reads: Counter[Hashable] = Counter()
-        largest = 0
+        read, finished = LEAST_BUDGET, LEAST_BUDGET
         for units in models:
             times: Counter[Hashable] = Counter()
             for unit in units:
+                read = max(read, unit.nbytes_read)
+                finished = max(finished, unit.nbytes)
                 for at, weight in unit.weights.items():
                     values = same_values(weight)
                     key = unit.keys[at] = (values, times[values])
                     times[values] += 1
                     uses[key] += 1
-                    largest = max(largest, weight.nbytes)
                     if uses[key] == 1:
                         for source in sources(weight):
                             reads.update({same_bytes(leaf) for leaf in leaves(source)})
-        budget = max(LEAST_BUDGET, largest)
-        self._reader = Reader(reads, budget, buffers(device, 2 * budget))
-        self._finished: Shelf[Sent] = Shelf(uses, budget)
+        self._reader = Reader(reads, read, buffers(device, KEPT_BUFFERS))
+        self._finished: Shelf[Sent] = Shelf(uses, finished)
 
     def take(self, unit: _Unit, at: tuple[Any, str], lane: Lane) -> Sent:
+        """A weight of a unit, which others may share."""
         weight = unit.weights[at]
-        return self._finished.take(
-            unit.keys[at],
-            weight.nbytes,
-            lambda: lane.sent(evaluate(weight, self._read, self._device)),
-        )
+        return self._finished.take(unit.keys[at], weight.nbytes, lambda: self.make(weight, lane))
+
+    def make(self, weight: Deferred, lane: Lane) -> Sent:
+        """Any weight, made now."""
+        return lane.sent(evaluate(weight, self._read, self._device))
 
     def _read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
         if self._device == "cpu":
