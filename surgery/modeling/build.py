@@ -23,6 +23,9 @@ from surgery.tensor import LazyTensor
 if TYPE_CHECKING:
     import torch
 
+KEPT_BUFFERS = 1 << 30
+"""Bytes of memory that wait for the next weight while a model without its weights runs."""
+
 
 @dataclass(frozen=True)
 class Built:

@@ -78,7 +78,7 @@ class Deferred(torch.Tensor):
         kwargs = kwargs or {}
         if func in _SAME:
             return args[0].on(args[0].device)
-        if getattr(_local, "failures", None) is None or _needs_values(func):
+        if getattr(_local, "failures", None) is None or _needs_values(func, args):
             return func(*_mapped(args, _values), **_mapped(kwargs, _values))
         if func._schema.is_mutable and not _mutates_none_of_ours(func, args, kwargs):
             raise _failure(f"{func} writes into a weight")
@@ -211,8 +211,10 @@ def _recorded(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     )
 
 
-def _needs_values(func: Any) -> bool:
+def _needs_values(func: Any, args: tuple[Any, ...]) -> bool:
     """Whether what it returns, or the shape of that, hangs on values (`equal`, `item`)."""
+    if func is _aten.index.Tensor:  # by numbers its shape is known, by a mask it isn't
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
     if any(tag in func.tags for tag in _KNOWN_LATER):
         return True
     return not all("Tensor" in str(result.type) for result in func._schema.returns)

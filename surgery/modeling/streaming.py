@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from surgery.modeling.build import KEPT_BUFFERS
 from surgery.modeling.deferred import Deferred, apart, evaluate, made_by, same_values, sources
 from surgery.modeling.lanes import Lane, Sent, buffers, lane_to
 from surgery.modeling.shelf import Reader, Shelf, leaves, same_bytes
@@ -29,9 +30,11 @@ from surgery.tensor import LazyTensor
 
 Result = TypeVar("Result")
 
-LEAST_BUDGET = 1 << 28
-KEPT_BUFFERS = 1 << 30
-"""Bytes of bytes that are shared, and of memory that waits for the next weight."""
+MORE_BUDGET = 1 << 28
+"""Bytes that may be kept for other models, beyond those of the largest module."""
+
+LARGE = 1 << 30
+"""Bytes of a module beyond which it is in memory for one of the models at a time."""
 
 _REACH_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules of torch that use the weights of modules inside them without calling those."""
@@ -154,7 +157,10 @@ class _Gate:
             self._changed.notify_all()
 
     def _is_last(self, index: int) -> bool:
-        return index == min(self._running, key=lambda i: (self._begun[i] / self._length[i], i))
+        def progress(of: int) -> tuple[float, int]:
+            return self._begun[of] / max(1, self._length[of]), of
+
+        return index == min(self._running, key=progress)
 
     def leave(self, index: int) -> None:
         with self._changed:
@@ -201,12 +207,15 @@ class _Turn:
             self._gate.arithmetic.release()
             try:
                 self._gate.wait(self._index, unit.bytes.keys())
-                with self._lane:
-                    values = {at: self._weights.take(unit, at, self._lane) for at in unit.weights}
+                values = {} if unit.nbytes > LARGE else self._fetched(unit)
             finally:
                 self._gate.arithmetic.acquire()
-            for (owner, name), value in values.items():
+            for (owner, name), value in (values or self._fetched(unit)).items():
                 setattr(owner, name, nn.Parameter(self._lane.arrived(value), requires_grad=False))
+
+    def _fetched(self, unit: _Unit) -> dict[tuple[Any, str], Sent]:
+        with self._lane:
+            return {at: self._weights.take(unit, at, self._lane) for at in unit.weights}
 
     def _after(self, unit: _Unit, *_: object) -> None:
         unit.depth -= 1
@@ -233,7 +242,7 @@ class _Weights:
         self._device = device
         uses: Counter[Hashable] = Counter()
         reads: Counter[Hashable] = Counter()
-        read, finished = LEAST_BUDGET, LEAST_BUDGET
+        read = finished = 0
         for units in models:
             times: Counter[Hashable] = Counter()
             for unit in units:
@@ -247,8 +256,8 @@ class _Weights:
                     if uses[key] == 1:
                         for source in sources(weight):
                             reads.update({same_bytes(leaf) for leaf in leaves(source)})
-        self._reader = Reader(reads, read, buffers(device, KEPT_BUFFERS))
-        self._finished: Shelf[Sent] = Shelf(uses, finished)
+        self._reader = Reader(reads, read + MORE_BUDGET, buffers(device, KEPT_BUFFERS))
+        self._finished: Shelf[Sent] = Shelf(uses, finished + MORE_BUDGET)
 
     def take(self, unit: _Unit, at: tuple[Any, str], lane: Lane) -> Sent:
         """A weight of a unit, which others may share."""

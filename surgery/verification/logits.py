@@ -175,11 +175,14 @@ def _pick_device(device: str, dtype: VerifyDtype) -> str:
 
 
 def memory_needed(checkpoint: Checkpoint, dtype: VerifyDtype, *, streamed: bool = True) -> int:
-    """Bytes that running a checkpoint takes, about: the weights of its largest module, in each
-    of the models that run side by side; or all of its weights in `dtype`, and one tensor."""
+    """Bytes that running a checkpoint takes, about: its largest module in `dtype`, while it is
+    made, and memory for those that come next; or all of its weights, and one tensor."""
     size = 8 if dtype == "float64" else 4
     if streamed:
-        return BESIDE_WEIGHTS + 5 * size * _largest_module(checkpoint)
+        from surgery.modeling.build import KEPT_BUFFERS
+
+        waiting = min(KEPT_BUFFERS, 3 * size * checkpoint.numel)
+        return BESIDE_WEIGHTS + waiting + 2 * size * _largest_module(checkpoint)
     largest = max((tensor.numel for tensor in checkpoint.values()), default=0)
     return size * (checkpoint.numel + 2 * largest)
 
