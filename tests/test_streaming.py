@@ -6,6 +6,7 @@ import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from surgery import (
 )
 from surgery.files import InputFile
 from surgery.modeling import deferred as deferred_module
-from surgery.modeling import streaming
+from surgery.modeling import lanes, streaming
 from surgery.modeling.buffers import SMALL, Buffers
 from surgery.modeling.build import build_deferred, build_model
 from surgery.modeling.deferred import Deferred, UndeferrableError, apart, evaluate, recording
@@ -502,6 +503,75 @@ def test_memory_comes_back_as_the_last_view_dies():
     del part
     assert buffers.empty((4, SMALL), torch.float32).data_ptr() == address
     assert math.prod(buffers.empty((0, 3), torch.float32).shape) == 0
+
+
+# On the way to a device
+
+
+def test_a_model_that_moves_keeps_its_ties_and_reads_nothing(reads: Counter[tuple[str, int]]):
+    model = build_deferred(open_checkpoint(build("llama_tied")), torch.float32, "meta").model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert all(isinstance(p, Deferred) and p.device.type == "meta" for p in model.parameters())
+    assert all(buffer.device.type == "meta" for buffer in model.buffers())
+    assert not reads
+
+
+def test_a_device_gets_weights_before_their_module_and_never_many(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """The protocol of streams and events, with a double of CUDA that writes down what is asked."""
+    log: list[tuple[str, int]] = []
+
+    class Event:
+        def __init__(self, kind: str) -> None:
+            self.kind, self.number = kind, sum(1 for k, _ in log if k == kind)
+            log.append((kind, self.number))
+
+        def synchronize(self) -> None:
+            log.append(("over", self.number))
+
+    class Stream:
+        def __init__(self, kind: str = "sent") -> None:
+            self.kind = kind
+
+        def record_event(self) -> Event:
+            return Event(self.kind)
+
+        def wait_event(self, event: Event) -> None:
+            log.append(("awaited", event.number))
+
+    inside: list[Stream] = []
+
+    @contextmanager
+    def within(stream: Stream) -> Iterator[None]:
+        inside.append(stream)
+        yield
+        inside.remove(stream)
+
+    computing = Stream("end")
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", within)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: computing)
+    kept: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda self, _: kept.append(self))
+    monkeypatch.setattr(streaming, "lane_to", lambda _: lanes.CudaLane())
+
+    base = open_checkpoint(build("llama"))
+    assert same(streamed(base), whole(base))
+    assert not inside
+    weights = len(base)
+    assert Counter(kind for kind, _ in log) == {
+        "sent": weights,
+        "awaited": weights,
+        "end": weights,
+        "over": weights - lanes.AHEAD,
+    }
+    for number in range(weights):
+        places = [log.index((kind, number)) for kind in ("sent", "awaited", "end")]
+        assert places == sorted(places)
+        if number >= lanes.AHEAD:  # it was sent only after that module was over
+            assert log.index(("over", number - lanes.AHEAD)) < places[0]
+    assert len(kept) == weights
 
 
 @pytest.fixture(autouse=True)

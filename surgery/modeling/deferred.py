@@ -159,13 +159,14 @@ def settle(model: Any, device: str) -> None:
     """Bring a model built of deferred tensors to `device`: what it holds besides weights is made,
     and the weights will be made there."""
     moved: dict[int, torch.Tensor] = {}
+    target = torch.empty(0, device=device).device  # with its number, as tensors there have it
 
     def there(item: torch.Tensor) -> torch.Tensor:
         if id(item) in moved:  # tied
             return moved[id(item)]
         if isinstance(item, Deferred) and isinstance(item, torch.nn.Parameter):
-            return torch.nn.Parameter(item.on(device), requires_grad=False)
-        values: torch.Tensor = _values(item).to(device)
+            return torch.nn.Parameter(item.on(target), requires_grad=False)
+        values: torch.Tensor = _values(item).to(target)
         if isinstance(item, torch.nn.Parameter):
             return torch.nn.Parameter(values, requires_grad=False)
         return values

@@ -2,6 +2,10 @@
 
 On CUDA they lie in pinned memory, are copied on a stream of their own while the last module still
 computes, and are cast there, so that as few bytes as there are in the file cross the bus.
+
+Libraries that load checkpoints to a GPU (fastsafetensors, Run:ai's model streamer) bring whole
+files, in the order of the files. Here weights come in the order in which modules run, most of them
+are made of others on the way, and what lies on the device has to stay small: so none is used.
 """
 
 from __future__ import annotations

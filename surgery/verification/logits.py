@@ -283,7 +283,7 @@ class _Watched:
 
     def _keep(self, name: str, _module: Any, _given: Any, output: Any) -> None:
         hidden = output if hasattr(output, "detach") else output[0]
-        self._blocks[name] = hidden.detach().to("cpu")
+        self._blocks[name] = hidden.detach().clone()  # moved later: a device needn't wait for it
 
     def run(self, inputs: torch.Tensor, *, streamed: bool = False) -> _Run:
         """Run it once."""
@@ -293,7 +293,7 @@ class _Watched:
         return _Run(
             output.to("cpu").flatten(0, -2),
             is_logits,
-            self._blocks,
+            {name: hidden.to("cpu") for name, hidden in self._blocks.items()},
             self.built.missing,
             experts,
             streamed,
