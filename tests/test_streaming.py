@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ from surgery.modeling import deferred as deferred_module
 from surgery.modeling import lanes, streaming
 from surgery.modeling.buffers import SMALL, Buffers
 from surgery.modeling.build import build_deferred, build_model
-from surgery.modeling.deferred import Deferred, UndeferrableError, apart, evaluate, recording
+from surgery.modeling.deferred import Deferred, Plain, UndeferrableError, apart, evaluate, recording
 from surgery.modeling.shelf import Shelf
 from surgery.modeling.streaming import run_together
 from surgery.tensor import FileSpan, LazyTensor, gather
@@ -360,7 +361,7 @@ def lazily(values: torch.Tensor) -> LazyTensor:
 def value(deferred: torch.Tensor) -> torch.Tensor:
     assert isinstance(deferred, Deferred)
     with apart():
-        return evaluate(deferred, lambda tensor, dtype: tensor.whole().to(dtype=dtype))
+        return evaluate(deferred, Plain(torch.device("cpu")))
 
 
 OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -368,6 +369,7 @@ OPERATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "half": lambda x: x.chunk(2, dim=0)[1],
     "split": lambda x: torch.cat(x.split(1, dim=1)[::-1], dim=1),
     "stack": lambda x: torch.stack([x, x * 2]).flatten(0, 1),
+    "pack": lambda x: torch.cat([torch.stack([x, x + 1]), torch.stack([x, x])], -1)[1],
     "rope": lambda x: x.view(2, -1, *x.shape[1:]).transpose(0, 1).reshape(x.shape),
     "cast": lambda x: x.to(torch.bfloat16).to(torch.float64),
     "rows": lambda x: x[torch.tensor([1, 0])].repeat(2, 1),
@@ -389,6 +391,28 @@ def test_what_is_put_off_is_what_would_have_been_done(names: list[str]):
     assert isinstance(later, Deferred)
     assert (later.shape, later.dtype, later.stride()) == (now.shape, now.dtype, now.stride())
     assert torch.equal(value(later), now)
+
+
+def test_parts_that_are_packed_are_in_memory_one_after_the_other():
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    class Counting(Plain):
+        def read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
+            assert not [one for one in alive if one() is not None]
+            made = super().read(tensor, dtype)
+            alive.append(weakref.ref(made))
+            return made
+
+    parts = [torch.full((2, 3), float(n)) for n in range(6)]
+    with recording():
+        later = [Deferred.of(lazily(part)).to(torch.float64) for part in parts]
+        packed = torch.cat([torch.stack(later[:3]), torch.stack(later[3:])], dim=1)
+    assert isinstance(packed, Deferred)
+    with apart():
+        found = evaluate(packed, Counting(torch.device("cpu")))
+    assert len(alive) == 6
+    now = [part.double() for part in parts]
+    assert torch.equal(found, torch.cat([torch.stack(now[:3]), torch.stack(now[3:])], dim=1))
 
 
 def test_values_that_are_asked_for_are_given():

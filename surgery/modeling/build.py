@@ -50,12 +50,12 @@ def build_deferred(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> B
     Buffers, and parameters that the checkpoint lacks, are there. Raises UndeferrableError where
     the loader needs the values of a weight.
     """
-    from surgery.modeling.deferred import recording, settle
+    from surgery.modeling.deferred import recording
 
     state = {name: _Later(tensor) for name, tensor in checkpoint.items()}
     with recording():
         built = _loaded(checkpoint, state, dtype, "cpu")
-    settle(built.model, device)
+    _settle(built.model, device)
     return built
 
 
@@ -90,6 +90,36 @@ def _loaded(
     for part in (model.config, model.config.get_text_config()):
         part.use_cache = False
     return Built(model.eval(), tuple(sorted(info["missing_keys"])))
+
+
+def _settle(model: Any, device: str) -> None:
+    """Bring a model built of deferred tensors to `device`: what it holds besides weights is made,
+    and the weights will be made there."""
+    import torch
+
+    from surgery.modeling.deferred import Deferred, values_of
+
+    moved: dict[int, torch.Tensor] = {}
+    target = torch.empty(0, device=device).device  # with its number, as tensors there have it
+
+    def there(item: torch.Tensor) -> torch.Tensor:
+        if id(item) in moved:  # tied
+            return moved[id(item)]
+        if isinstance(item, Deferred) and isinstance(item, torch.nn.Parameter):
+            return torch.nn.Parameter(item.on(target), requires_grad=False)
+        values: torch.Tensor = values_of(item).to(target)
+        if isinstance(item, torch.nn.Parameter):
+            return torch.nn.Parameter(values, requires_grad=False)
+        return values
+
+    kept = []  # so that no id is given twice
+    for module in model.modules():
+        for name, item in [*module._parameters.items(), *module._buffers.items()]:
+            ready = item is None or isinstance(item, torch.nn.Parameter)
+            if not (ready if device == "cpu" else item is None):
+                kept.append(item)
+                moved[id(item)] = there(item)
+                setattr(module, name, moved[id(item)])
 
 
 def class_to_build(checkpoint: Checkpoint) -> Any:

@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 from surgery.tensor import FileSpan, LazyTensor
 
 _aten = torch.ops.aten
-_CAST = _aten._to_copy.default
+_CAST, _STACK, _CAT = _aten._to_copy.default, _aten.stack.default, _aten.cat.default
 _SAME = (_aten.detach.default, _aten.alias.default)
 _KNOWN_LATER = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 _local = threading.local()
@@ -79,11 +79,11 @@ class Deferred(torch.Tensor):
         if func in _SAME:
             return args[0].on(args[0].device)
         if getattr(_local, "failures", None) is None or _needs_values(func, args):
-            return func(*_mapped(args, _values), **_mapped(kwargs, _values))
+            return func(*_mapped(args, values_of), **_mapped(kwargs, values_of))
         if func._schema.is_mutable and not _mutates_none_of_ours(func, args, kwargs):
             raise _failure(f"{func} writes into a weight")
         if func._schema.is_mutable:
-            return func(*_mapped(args, _values), **_mapped(kwargs, _values))
+            return func(*_mapped(args, values_of), **_mapped(kwargs, values_of))
         return _recorded(func, args, kwargs)
 
 
@@ -105,32 +105,80 @@ def recording() -> Iterator[None]:
         _local.failures = None
 
 
-Read = Callable[[LazyTensor, torch.dtype | None], torch.Tensor]
-"""How the values of a lazy tensor are had: whole, in its own type or another, on the device."""
+class Means(Protocol):
+    """How values are made on `device`: lazy tensors read whole, in their own type or another, and
+    memory."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor: ...
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor: ...
 
 
-def evaluate(deferred: Deferred, read: Read, device: torch.device | str = "cpu") -> torch.Tensor:
-    """The values: lazy tensors as `read` gives them on `device`, where all steps are taken. To be
-    called `apart`."""
-    return _evaluate(deferred.recipe, read, torch.device(device))
+@dataclass(frozen=True)
+class Plain:
+    """Means of torch alone."""
+
+    device: torch.device
+
+    def read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
+        return tensor.whole().to(device=self.device, dtype=dtype)
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
 
 
-def _evaluate(recipe: LazyTensor | Step, read: Read, device: torch.device) -> torch.Tensor:
+def evaluate(deferred: Deferred, means: Means) -> torch.Tensor:
+    """The values, to be made `apart`."""
+    recipe = deferred.recipe
     if isinstance(recipe, LazyTensor):
-        return read(recipe, None)
+        return means.read(recipe, None)
     if recipe.func is _CAST and isinstance(source := recipe.args[0].recipe, LazyTensor):
-        return read(source, recipe.kwargs.get("dtype"))
+        return means.read(source, recipe.kwargs.get("dtype"))
+    if _joins(deferred):
+        out = means.empty(deferred.shape, deferred.dtype)
+        _fill(out, deferred, means)
+        return out
 
     def value(item: Any) -> Any:
         if isinstance(item, Deferred):
-            return _evaluate(item.recipe, read, device)
+            return evaluate(item, means)
         if isinstance(item, torch.Tensor):
-            return item.to(device)
-        return device if isinstance(item, torch.device) else item
+            return item.to(means.device)
+        return means.device if isinstance(item, torch.device) else item
 
     result = recipe.func(*_mapped(recipe.args, value), **_mapped(recipe.kwargs, value))
     made: torch.Tensor = result if recipe.part is None else result[recipe.part]
     return made
+
+
+def _joins(deferred: Deferred) -> bool:
+    """Whether the values are those of other deferred tensors side by side: packed experts."""
+    recipe = deferred.recipe
+    if isinstance(recipe, LazyTensor) or recipe.func not in (_STACK, _CAT):
+        return False
+    return deferred.is_contiguous() and all(
+        isinstance(part, Deferred) and part.dtype == deferred.dtype and part.dim() > 0
+        for part in recipe.args[0]
+    )
+
+
+def _fill(out: torch.Tensor, deferred: Deferred, means: Means) -> None:
+    """Put the values into `out`. Of what is joined one part is in memory besides, not all."""
+    if not _joins(deferred):
+        out.copy_(evaluate(deferred, means))
+        return
+    assert isinstance(deferred.recipe, Step)
+    parts, dim = (*deferred.recipe.args, 0)[:2]
+    at = 0
+    for number, part in enumerate(parts):
+        if deferred.recipe.func is _STACK:
+            _fill(out.select(dim, number), part, means)
+        else:
+            _fill(out.narrow(dim, at, part.shape[dim]), part, means)
+            at += part.shape[dim]
 
 
 def sources(deferred: Deferred) -> Iterator[LazyTensor]:
@@ -153,32 +201,6 @@ def same_values(deferred: Deferred) -> Hashable:
         return id(recipe)
     steps = (_hashable(recipe.args), _hashable(recipe.kwargs))
     return (str(recipe.func), *steps, recipe.part)
-
-
-def settle(model: Any, device: str) -> None:
-    """Bring a model built of deferred tensors to `device`: what it holds besides weights is made,
-    and the weights will be made there."""
-    moved: dict[int, torch.Tensor] = {}
-    target = torch.empty(0, device=device).device  # with its number, as tensors there have it
-
-    def there(item: torch.Tensor) -> torch.Tensor:
-        if id(item) in moved:  # tied
-            return moved[id(item)]
-        if isinstance(item, Deferred) and isinstance(item, torch.nn.Parameter):
-            return torch.nn.Parameter(item.on(target), requires_grad=False)
-        values: torch.Tensor = _values(item).to(target)
-        if isinstance(item, torch.nn.Parameter):
-            return torch.nn.Parameter(values, requires_grad=False)
-        return values
-
-    kept = []  # so that no id is given twice
-    for module in model.modules():
-        for name, item in [*module._parameters.items(), *module._buffers.items()]:
-            ready = item is None or isinstance(item, torch.nn.Parameter)
-            if not (ready if device == "cpu" else item is None):
-                kept.append(item)
-                moved[id(item)] = there(item)
-                setattr(module, name, moved[id(item)])
 
 
 def _hashable(item: Any) -> Hashable:
@@ -251,19 +273,15 @@ def made_by(make: Callable[[Deferred], torch.Tensor]) -> Iterator[None]:
         del _local.make
 
 
-def _values(item: Any) -> Any:
+def values_of(item: Any) -> Any:
+    """Values in the place of a deferred tensor, and anything else as it is."""
     if not isinstance(item, Deferred):
         return item
     make = getattr(_local, "make", None)
     if make is not None:
         return make(item)
-    device = item.device
-
-    def read(tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
-        return tensor.whole().to(device=device, dtype=dtype)
-
     with apart():
-        return evaluate(item, read, device)
+        return evaluate(item, Plain(item.device))
 
 
 def _shape_only(tensor: torch.Tensor) -> torch.Tensor:

@@ -239,7 +239,7 @@ class _Weights:
     """The finished weights of all models, each made once for all that have the same."""
 
     def __init__(self, models: Sequence[Sequence[_Unit]], device: str) -> None:
-        self._device = device
+        self.device = torch.device(device)
         uses: Counter[Hashable] = Counter()
         reads: Counter[Hashable] = Counter()
         read = finished = 0
@@ -266,10 +266,17 @@ class _Weights:
 
     def make(self, weight: Deferred, lane: Lane) -> Sent:
         """Any weight, made now."""
-        return lane.sent(evaluate(weight, self._read, self._device))
+        return lane.sent(evaluate(weight, self))
 
-    def _read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
-        if self._device == "cpu":
+    def read(self, tensor: LazyTensor, dtype: torch.dtype | None) -> torch.Tensor:
+        """A lazy tensor, on the device."""
+        if self.device.type == "cpu":
             return self._reader.read(tensor, dtype)
-        values = self._reader.read(tensor).to(self._device, non_blocking=True)
+        values = self._reader.read(tensor).to(self.device, non_blocking=True)
         return values if dtype is None else values.to(dtype)  # cast there: fewer bytes move
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+        """Memory on the device."""
+        if self.device.type == "cpu":
+            return self._reader.buffers.empty(shape, dtype)
+        return torch.empty(tuple(shape), dtype=dtype, device=self.device)
