@@ -34,7 +34,7 @@ MORE_BUDGET = 1 << 28
 """Bytes that may be kept for other models, beyond those of the largest module."""
 
 LARGE = 1 << 30
-"""Bytes of a module beyond which it is in memory for one of the models at a time."""
+"""Bytes of a module beyond which it is on a device for one of the models at a time."""
 
 _REACH_INSIDE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 """Modules of torch that use the weights of modules inside them without calling those."""
@@ -174,7 +174,9 @@ class _Gate:
 
 
 class _Turn:
-    """One model's thread: it computes when no other does, and gets its weights meanwhile."""
+    """One model's thread: it computes when no other does. What a device needs is sent to it
+    meanwhile; on the CPU, where making weights is arithmetic too, two that compute at once would
+    take each other's cores."""
 
     def __init__(self, gate: _Gate, index: int, weights: _Weights, lane: Lane) -> None:
         self._gate, self._index, self._weights, self._lane = gate, index, weights, lane
@@ -207,11 +209,14 @@ class _Turn:
             self._gate.arithmetic.release()
             try:
                 self._gate.wait(self._index, unit.bytes.keys())
-                values = {} if unit.nbytes > LARGE else self._fetched(unit)
+                values = self._fetched(unit) if self._meanwhile(unit) else {}
             finally:
                 self._gate.arithmetic.acquire()
             for (owner, name), value in (values or self._fetched(unit)).items():
                 setattr(owner, name, nn.Parameter(self._lane.arrived(value), requires_grad=False))
+
+    def _meanwhile(self, unit: _Unit) -> bool:
+        return self._weights.device.type != "cpu" and unit.nbytes <= LARGE
 
     def _fetched(self, unit: _Unit) -> dict[tuple[Any, str], Sent]:
         with self._lane:
