@@ -62,7 +62,7 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
             failures.append(error)
             stop.set()
 
-    _keep_freed_memory()
+    keep_freed_memory()
     before = torch.get_num_threads()
     pool = [threading.Thread(target=worker) for _ in range(threads or default_threads())]
     try:
@@ -81,7 +81,7 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
 
 
 @cache
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Have glibc's malloc keep the temporaries of a block for the next one. By default it gives
     1 MB back to the system and faults it in again, page by page, for every block."""
     libc = ctypes.CDLL(None)

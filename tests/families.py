@@ -273,16 +273,24 @@ def save(
     return folder
 
 
-@cache
 def build(name: str, dtype: str = "float32") -> Path:
     """The directory of a family's checkpoint, shared by all tests: read it, never change it."""
+    return _build(name, dtype)
+
+
+@cache
+def _build(name: str, dtype: str) -> Path:
     family = FAMILIES[name]
     return save(ROOT / f"{name}-{dtype}", family.model, family.config, family.options, dtype)
 
 
-@cache
 def build_tuned(name: str, dtype: str = "float32") -> Path:
     """`build` after a made-up fine-tuning: every float tensor moved by about a quarter."""
+    return _build_tuned(name, dtype)
+
+
+@cache
+def _build_tuned(name: str, dtype: str) -> Path:
     folder = ROOT / f"{name}-{dtype}-tuned"
     tensors = load(build(name, dtype))
     generator = torch.Generator().manual_seed(1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +25,9 @@ from surgery.tensor import LazyTensor
 if TYPE_CHECKING:
     import torch
 
+KEPT_BUFFERS = 1 << 30
+"""Bytes of memory that wait for the next weight while a model without its weights runs."""
+
 
 @dataclass(frozen=True)
 class Built:
@@ -39,10 +42,31 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
 
     Raises UnsupportedError if the weights don't fit the architecture.
     """
+    state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
+    return _loaded(checkpoint, state, dtype, device)
+
+
+def build_deferred(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Built:
+    """The same model without its weights, which nothing has read yet: see `run_together`.
+
+    Buffers, and parameters that the checkpoint lacks, are there. Raises UndeferrableError where
+    the loader needs the values of a weight.
+    """
+    from surgery.modeling.deferred import recording
+
+    state = {name: _Later(tensor) for name, tensor in checkpoint.items()}
+    with recording():
+        built = _loaded(checkpoint, state, dtype, "cpu")
+    _settle(built.model, device)
+    return built
+
+
+def _loaded(
+    checkpoint: Checkpoint, state: Mapping[str, Any], dtype: torch.dtype, device: str
+) -> Built:
     import torch
 
     cls = class_to_build(checkpoint)
-    state = {name: _OnDemand(tensor) for name, tensor in checkpoint.items()}
     options: dict[str, Any] = {"attn_implementation": "eager"}  # sdpa has no soft cap (Gemma 2)
     if cls._can_set_experts_implementation():
         options["experts_implementation"] = "eager"  # grouped_mm has no float64
@@ -77,6 +101,36 @@ def build_model(checkpoint: Checkpoint, dtype: torch.dtype, device: str) -> Buil
     return Built(model.eval(), tuple(sorted(info["missing_keys"])))
 
 
+def _settle(model: Any, device: str) -> None:
+    """Bring a model built of deferred tensors to `device`: what it holds besides weights is made,
+    and the weights will be made there."""
+    import torch
+
+    from surgery.modeling.deferred import Deferred, values_of
+
+    moved: dict[int, torch.Tensor] = {}
+    target = torch.empty(0, device=device).device  # with its number, as tensors there have it
+
+    def there(item: torch.Tensor) -> torch.Tensor:
+        if id(item) in moved:  # tied
+            return moved[id(item)]
+        if isinstance(item, Deferred) and isinstance(item, torch.nn.Parameter):
+            return torch.nn.Parameter(item.on(target), requires_grad=False)
+        values: torch.Tensor = values_of(item).to(target)
+        if isinstance(item, torch.nn.Parameter):
+            return torch.nn.Parameter(values, requires_grad=False)
+        return values
+
+    kept = []  # so that no id is given twice
+    for module in model.modules():
+        for name, item in [*module._parameters.items(), *module._buffers.items()]:
+            ready = item is None or isinstance(item, torch.nn.Parameter)
+            if not (ready if device == "cpu" else item is None):
+                kept.append(item)
+                moved[id(item)] = there(item)
+                setattr(module, name, moved[id(item)])
+
+
 def class_to_build(checkpoint: Checkpoint) -> Any:
     """The stock class, or ours of the same name where layers differ in width. The modeling file
     is made anew: what lies beside the shards isn't run."""
@@ -101,6 +155,17 @@ class _OnDemand:
         if index is not Ellipsis:
             raise TypeError("this tensor is read whole")
         return self._tensor.whole()
+
+
+class _Later(_OnDemand):
+    """The same, read when the weight is used."""
+
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        from surgery.modeling.deferred import Deferred
+
+        if index is not Ellipsis:
+            raise TypeError("this tensor is read whole")
+        return Deferred.of(self._tensor)
 
 
 @contextlib.contextmanager

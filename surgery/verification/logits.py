@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import gc
 import inspect
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import FormatError, UnsupportedError
+from surgery.errors import FormatError, SurgeryError, UnsupportedError
 from surgery.operations.dequantize import computable
 from surgery.tensor import LazyTensor
 from surgery.values import noise
@@ -28,11 +29,16 @@ if TYPE_CHECKING:
     import numpy
     import torch
 
+    from surgery.modeling.build import Built
+
 VerifyDtype = Literal["float32", "float64"]
 
 NOISE_MULTIPLE = 8.0
 """A growth passes within this many noise floors. Right ones stay under 2 or 3 (two draws of the
 same rounding noise, and more terms in each sum); a weight wrong by 1% gives thousands."""
+
+BESIDE_WEIGHTS = 600_000_000
+"""Bytes that verification takes beside weights: libraries, activations, buffers."""
 
 MOST_NOISE = 0.01
 """Of the largest logit: more isn't rounding. A permutation that changes the function (of an MLP
@@ -71,6 +77,8 @@ class Logits:
     unreached: tuple[str, ...] = ()
     """Blocks whose MLP differs between the two and isn't run by these inputs, so that the logits
     say nothing of it: a vision tower without an image."""
+    streamed: bool = False
+    """Whether the weights were read as they were needed, or each model loaded whole."""
 
     @property
     def threshold(self) -> float | None:
@@ -92,6 +100,7 @@ class _Run:
     blocks: Mapping[str, torch.Tensor]
     missing: tuple[str, ...]
     experts: tuple[int, int] | None
+    streamed: bool
 
 
 def compare_logits(
@@ -103,34 +112,41 @@ def compare_logits(
     seed: int = 0,
     places: Mapping[str, str] | None = None,
     text: Path | None = None,
+    streamed: bool | None = None,
 ) -> Logits:
     """Run both on the same inputs: the start of `text`, or random tokens, images or sounds as the
-    model takes them (`make_inputs`). One model is in memory at a time. `places` gives the names
-    that blocks of the base have in `other`, where they moved.
+    model takes them (`make_inputs`). `places` gives the names that blocks of the base have in
+    `other`, where they moved.
+
+    `streamed`: the models run side by side, and a module has its weights while it runs, so that
+    they needn't fit into memory, and what both have in common is read once. False loads one
+    model after the other, which gives the same figures bit for bit; None does so where the
+    loader of a family can't do without the values of its weights.
 
     8-bit floats are run as what they stand for. Raises UnsupportedError if transformers can't
-    build one of them, or if its weights are packed in another way.
+    build one of them, if its weights are packed in another way, or if memory isn't enough.
     """
-    import torch
-
     base, other = computable(base=base, other=other)
-    device = check_device(base, other, device, dtype)
+    device = check_device(base, other, device, dtype, streamed=streamed is not False)
+    checkpoints = [base, other]
+    if base.anatomy.every_mlp:
+        checkpoints.append(_permuted(base, seed))
     inputs = make_inputs(base, seed=seed, text=text)
-    run = partial(_run, dtype=getattr(torch, dtype), device=device, inputs=inputs.values)
-    first_run = run(base)
+    runs = _runs(checkpoints, inputs.values, device, dtype, streamed)
+    first_run = next(runs)
     if not bool(first_run.output.isfinite().all()):
         raise FormatError(
             f"{base.source.reference} gives logits that aren't finite, so nothing can be compared: "
             f"its weights hold NaN or infinity, or overflow in {dtype}; --no-logits leaves the "
             f"certificate"
         )
-    second = run(other)
+    second = next(runs)
     if first_run.output.shape != second.output.shape:
         raise UnsupportedError(
             f"outputs differ in shape: {list(first_run.output.shape)} and "
             f"{list(second.output.shape)}; the logits can't be compared"
         )
-    permuted = run(_permuted(base, seed)) if base.anatomy.every_mlp else None
+    permuted = next(runs, None)
     moved = {
         name: second.blocks[now] for name, now in (places or {}).items() if now in second.blocks
     }
@@ -152,11 +168,18 @@ def _unreached(base: Checkpoint, other: Checkpoint, inputs: Inputs) -> tuple[str
     return tuple(dict.fromkeys(blocks))
 
 
-def check_device(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> str:
-    """The device to run on. Raises UnsupportedError if it isn't there or too small for one of
-    the models, which would be killed for memory after minutes."""
+def check_device(
+    base: Checkpoint,
+    other: Checkpoint,
+    device: str,
+    dtype: VerifyDtype,
+    *,
+    streamed: bool = True,
+) -> str:
+    """The device to run on. Raises UnsupportedError if it isn't there or too small, where the
+    process would be killed for memory after minutes."""
     device = _pick_device(device, dtype)
-    _check_size(base, other, device, dtype)
+    _check_size((base, other), device, dtype, streamed=streamed)
     return device
 
 
@@ -174,59 +197,117 @@ def _pick_device(device: str, dtype: VerifyDtype) -> str:
     return device
 
 
-def memory_needed(checkpoint: Checkpoint, dtype: VerifyDtype) -> int:
-    """Bytes that running a checkpoint takes, about: its weights in `dtype`, and one tensor."""
+def memory_needed(checkpoint: Checkpoint, dtype: VerifyDtype, *, streamed: bool = True) -> int:
+    """Bytes that running a checkpoint takes, about: its largest module in `dtype`, while it is
+    made, and memory for those that come next; or all of its weights, and one tensor."""
     size = 8 if dtype == "float64" else 4
+    if streamed:
+        from surgery.modeling.build import KEPT_BUFFERS
+
+        waiting = min(KEPT_BUFFERS, 3 * size * checkpoint.numel)
+        return BESIDE_WEIGHTS + waiting + 2 * size * _largest_module(checkpoint)
     largest = max((tensor.numel for tensor in checkpoint.values()), default=0)
     return size * (checkpoint.numel + 2 * largest)
 
 
-def _check_size(base: Checkpoint, other: Checkpoint, device: str, dtype: VerifyDtype) -> None:
+def _largest_module(checkpoint: Checkpoint) -> int:
+    """Elements of the largest tensor, with the experts of a block counted as one: the loader
+    packs them."""
+    together: Counter[str] = Counter()
+    for name, tensor in checkpoint.items():
+        stack = next((s for s in checkpoint.anatomy.stacks if name.startswith(f"{s}.")), "")
+        inner = name.removeprefix(f"{stack}.").split(".") if stack else []
+        numbered = [at for at, part in enumerate(inner) if at and part.isdigit()]
+        together[".".join([stack, *inner[: numbered[0]]]) if numbered else name] += tensor.numel
+    return max(together.values(), default=0)
+
+
+def _check_size(
+    checkpoints: Sequence[Checkpoint], device: str, dtype: VerifyDtype, *, streamed: bool
+) -> None:
     import psutil
     import torch
 
-    need = max(memory_needed(base, dtype), memory_needed(other, dtype))
+    need = max(memory_needed(one, dtype, streamed=streamed) for one in checkpoints)
     have = psutil.virtual_memory().available
     if device == "cuda":
         have = torch.cuda.mem_get_info()[0]
     if need > have:
+        how = "a module at a time" if streamed else "a model at a time"
         raise UnsupportedError(
-            f"comparing logits in {dtype} takes about {need / 1e9:,.1f} GB of memory, and "
+            f"comparing logits in {dtype}, {how}, takes about {need / 1e9:,.1f} GB of memory, and "
             f"{have / 1e9:,.1f} GB are free on {device}: --no-logits leaves the certificate, "
             f"which is proof enough for the weights"
         )
 
 
-def _run(
-    checkpoint: Checkpoint,
-    *,
-    dtype: torch.dtype,
-    device: str,
+def _runs(
+    checkpoints: Sequence[Checkpoint],
     inputs: Mapping[str, torch.Tensor],
-) -> _Run:
+    device: str,
+    dtype: VerifyDtype,
+    streamed: bool | None,
+) -> Iterator[_Run]:
+    """What comes out of each, in order: of all at once, or of one model after the other."""
+    import torch
 
-    from surgery.modeling.build import build_model
+    from surgery.modeling.build import build_deferred, build_model
 
-    built = build_model(checkpoint, dtype, device)
-    kept: dict[str, torch.Tensor] = {}
+    kind = getattr(torch, dtype)
+    inputs = {
+        name: value.to(device, kind if value.is_floating_point() else value.dtype)
+        for name, value in inputs.items()
+    }
+    if streamed is not False:
+        from surgery.modeling.deferred import UndeferrableError
+        from surgery.modeling.streaming import run_together
 
-    def keep(name: str, output: Any) -> None:
-        if (found := main_output(output)) is not None:
-            kept[name] = found[1].detach().to("cpu")
+        try:
+            models = [_Watched(one, build_deferred(one, kind, device)) for one in checkpoints]
+        except UndeferrableError as error:
+            if streamed:
+                raise UnsupportedError(
+                    f"{checkpoints[0].source.reference} can't be run a module at a time: {error}"
+                ) from error
+            _check_size(checkpoints, device, dtype, streamed=False)
+        else:
+            runs = [partial(model.run, inputs, streamed=True) for model in models]
+            with torch.random.fork_rng(devices=[]):
+                yield from run_together([model.built.model for model in models], runs, device)
+            return
+    for checkpoint in checkpoints:
+        yield _Watched(checkpoint, build_model(checkpoint, kind, device)).run(inputs)
+        gc.collect()
 
-    for stack in checkpoint.anatomy.stacks:
-        for number, block in enumerate(_blocks(built.model, stack)):
-            name = f"{stack}.{number}"
-            block.register_forward_hook(lambda _m, _i, out, name=name: keep(name, out))
-    routed = _watch_experts(built.model)
-    output, is_logits = _outputs(built.model, inputs)
-    experts = (sum(len(seen) for seen, _ in routed), sum(count for _, count in routed))
-    seen = experts if all(seen for seen, _ in routed) and routed else None
-    rows = output.to("cpu").reshape(-1, output.shape[-1] if output.dim() else 1)
-    run = _Run(rows, is_logits, kept, built.missing, seen)
-    del built
-    gc.collect()
-    return run
+
+class _Watched:
+    """A model, with hooks that keep what its blocks return and where its routers send tokens."""
+
+    def __init__(self, checkpoint: Checkpoint, built: Built) -> None:
+        self.built = built
+        self._blocks: dict[str, torch.Tensor] = {}
+        for stack in checkpoint.anatomy.stacks:
+            for number, block in enumerate(_blocks(built.model, stack)):
+                block.register_forward_hook(partial(self._keep, f"{stack}.{number}"))
+        self._routed = _watch_experts(built.model)
+
+    def _keep(self, name: str, _module: Any, _given: Any, output: Any) -> None:
+        if (found := main_output(output)) is not None:  # moved later: a device needn't wait for it
+            self._blocks[name] = found[1].detach().clone()
+
+    def run(self, inputs: Mapping[str, torch.Tensor], *, streamed: bool = False) -> _Run:
+        """Run it once."""
+        output, is_logits = _outputs(self.built.model, inputs)
+        seen = [len(experts) for experts, _ in self._routed]
+        experts = (sum(seen), sum(n for _, n in self._routed)) if seen and all(seen) else None
+        return _Run(
+            output.to("cpu").reshape(-1, output.shape[-1] if output.dim() else 1),
+            is_logits,
+            {name: hidden.to("cpu") for name, hidden in self._blocks.items()},
+            self.built.missing,
+            experts,
+            streamed,
+        )
 
 
 def _watch_experts(model: Any) -> list[tuple[set[int], int]]:
@@ -265,14 +346,14 @@ def _outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
 
     accepted = inspect.signature(model.forward).parameters
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in accepted else {}
-    for name, value in inputs.items():
-        dtype = model.dtype if value.is_floating_point() else value.dtype
-        options[name] = value.to(model.device, dtype)
+    options |= inputs
     exact = _float64_throughout() if model.dtype == torch.float64 else nullcontext()
     try:
         with torch.inference_mode(), exact, torch.random.fork_rng():
             torch.manual_seed(0)  # a model may draw: which patches are masked, say
             found = main_output(model(**options))
+    except SurgeryError:  # of a file that is read meanwhile
+        raise
     except Exception as error:  # of any type: sizes in the config that contradict each other
         raise UnsupportedError(
             f"transformers can't run the {type(model).__name__} of this config: {error}; "
@@ -357,6 +438,7 @@ def _compare(
         first_departure=_first_departure(base, other, permuted),
         uninitialised=tuple(sorted({*base.missing, *other.missing})),
         experts=base.experts,
+        streamed=base.streamed,
     )
 
 
