@@ -10,8 +10,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import UnsupportedError
+from surgery.errors import SurgeryError, UnsupportedError
 from surgery.modeling.build import class_to_build
+from surgery.modeling.limits import counted
 from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import block_modules, build_config
 
@@ -28,7 +29,15 @@ class HollowModel:
     """The model of a checkpoint's config, with parameters that take no memory."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
-        self.model = _empty(checkpoint)
+        try:
+            self.model = _empty(checkpoint)
+        except SurgeryError:
+            raise
+        except Exception as error:  # of any type: the config is a stranger's
+            raise UnsupportedError(
+                f"{checkpoint.source.reference}: transformers can't build a model of this config: "
+                f"{error}; --no-logits leaves the certificate"
+            ) from error
         self.config = self.model.config
 
     @cached_property
@@ -99,7 +108,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
     for part in (config, config.get_text_config()):
         part.use_cache = False
     cls = class_to_build(checkpoint)
-    with torch.device("meta"), quiet():
+    with torch.device("meta"), quiet(), counted(checkpoint.numel):
         model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True

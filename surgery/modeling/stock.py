@@ -35,7 +35,8 @@ def build_config(config: Mapping[str, Any]) -> Any:
             f"model can't be built"
         )
     try:
-        return CONFIG_MAPPING[model_type].from_dict(_with_infinities(values))
+        with quiet():
+            return CONFIG_MAPPING[model_type].from_dict(_with_infinities(values))
     except Exception as error:  # config classes check themselves, and raise errors of many types
         raise UnsupportedError(
             f"transformers can't make a config of the type {model_type} of this: {error}"

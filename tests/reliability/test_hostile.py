@@ -562,7 +562,7 @@ BUILT: dict[str, tuple[dict[str, Any], str]] = {
     "10^9 experts": ({"model_type": "mixtral", "num_local_experts": 10**9}, "num_local_experts"),
     "3,000 layers that aren't there": ({"num_hidden_layers": 3000, "hidden_size": 4096}, ""),
     "a vocabulary of 10^18": ({"vocab_size": 10**18}, ""),
-    "no vocabulary": ({"vocab_size": 0}, "vocab_size"),
+    "no vocabulary": ({"vocab_size": 0}, "embed_tokens"),
     "a negative length": ({"max_position_embeddings": -5}, ""),
     "heads that don't divide": ({"num_attention_heads": 3}, ""),
     "no heads": ({"num_attention_heads": 0}, ""),
@@ -633,8 +633,8 @@ def test_a_companion_is_copied_in_pieces(tmp_path: Path) -> None:
     with (base / "extra.dat").open("wb") as file:
         file.truncate(700 << 20)
     code = (
-        "import resource; from surgery.commands.main import run\n"
-        "try: run()\n"
+        "import resource; from surgery.commands.main import app\n"
+        "try: app()\n"
         "finally: print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     )
     verb = ["lines", base, base, "--alpha", "0.5", "-o", tmp_path / "out", "--json"]
