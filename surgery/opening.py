@@ -332,11 +332,8 @@ def _walk(root: Path) -> Iterator[tuple[PurePosixPath, os.DirEntry[str]]]:
     for _ in range(DEEPEST_FOLDER):
         below = []
         for relative in level:
-            try:
-                with os.scandir(root / relative) as entries:
-                    listed = sorted(entries, key=lambda entry: entry.name)
-            except OSError as error:
-                raise InputError(f"{root / relative} can't be read: {error.strerror}") from error
+            with reading(root / relative), os.scandir(root / relative) as entries:
+                listed = sorted(entries, key=lambda entry: entry.name)
             for entry in listed:
                 if entry.name.startswith("."):
                     continue

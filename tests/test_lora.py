@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
@@ -372,8 +373,10 @@ def test_an_adapters_name_in_its_keys(make_model: Make, tmp_path: Path) -> None:
     wanted = open_checkpoint(f"{base}+{adapter}")
     stored = load_file(adapter / "adapter_model.safetensors")
     named = {k.replace(".weight", ".default.weight"): v for k, v in stored.items()}
-    save_file(named, adapter / "adapter_model.safetensors")
-    found = open_checkpoint(f"{base}+{adapter}")
+    other = tmp_path / "other"  # the first is still read
+    shutil.copytree(adapter, other)
+    save_file(named, other / "adapter_model.safetensors")
+    found = open_checkpoint(f"{base}+{other}")
     assert all(bytes_of(found[n].whole()) == bytes_of(wanted[n].whole()) for n in found)
 
 

@@ -108,7 +108,7 @@ def _empty(checkpoint: Checkpoint) -> Any:
     for part in (config, config.get_text_config()):
         part.use_cache = False
     cls = class_to_build(checkpoint)
-    with torch.device("meta"), quiet(), counted(checkpoint.numel):
+    with torch.device("meta"), quiet(), counted():
         model = cls._from_config(config, attn_implementation="eager", dtype=torch.float32)
     for parameter in model.parameters():
         parameter._is_hf_initialized = True
