@@ -19,7 +19,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
 from surgery.modeling.layers import shapes_of, stored_shapes
-from surgery.modeling.stock import block_path, model_class
+from surgery.modeling.stock import block_path, model_class, path_of
 from surgery.modeling.width_keys import NotComparableError, Shapes, find_width_keys
 from surgery.modeling.widths import MODULE, load_classes, stock_classes
 
@@ -87,8 +87,8 @@ def grown_shapes(base: Checkpoint, growths: Sequence[Growth]) -> tuple[Shapes, S
 def _modeling_file(config: Mapping[str, Any]) -> tuple[dict[str, str], bytes]:
     mapped, first_auto = stock_classes(config)
     classes = "\n\n\n".join(
-        f"class {name}(_WidthKeys, transformers.{name}):\n"
-        f'    _auto_class = "{auto}"\n    _stock = transformers.{name}'
+        f"class {name}(_WidthKeys, {path_of(config, name)}):\n"
+        f'    _auto_class = "{auto}"\n    _stock = {path_of(config, name)}'
         for name, auto in first_auto.items()
     )
     text = resources.files(__package__).joinpath("template_keys.txt").read_text(encoding="utf-8")

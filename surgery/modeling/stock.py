@@ -104,6 +104,16 @@ def _beside(config_class: type, name: str) -> Any:
     return None
 
 
+def path_of(config: Mapping[str, Any], name: str) -> str:
+    """How a modeling file gets the stock class of this name, exported or not."""
+    import transformers
+
+    if hasattr(transformers, name):
+        return f"transformers.{name}"
+    found = _beside(type(build_config(config)), name)
+    return f"{found.__module__}.{name}"
+
+
 def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
     """Which stock class each of transformers' auto classes builds for this config:
     {"AutoModelForCausalLM": "LlamaForCausalLM", ...}."""

@@ -17,7 +17,7 @@ from typing import Any
 from surgery.anatomy import MLP
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
-from surgery.modeling.stock import auto_classes, block_path, model_class
+from surgery.modeling.stock import auto_classes, block_path, model_class, path_of
 
 MODULE = "modeling_mlp_widths"
 MODELING_FILE = f"{MODULE}.py"
@@ -57,7 +57,7 @@ def modeling_file(base: Checkpoint, mlps: Sequence[MLP]) -> tuple[dict[str, str]
     layout = _layout(base, mlps)
     mapped, first_auto = stock_classes(base.config)
     classes = "\n\n\n".join(
-        f'class {name}(_MLPWidths, transformers.{name}):\n    _auto_class = "{auto}"'
+        f'class {name}(_MLPWidths, {path_of(base.config, name)}):\n    _auto_class = "{auto}"'
         for name, auto in first_auto.items()
     )
     text = resources.files(__package__).joinpath("template.txt").read_text(encoding="utf-8")

@@ -93,7 +93,8 @@ def what_it_runs_on(tiny: Tiny, base: Checkpoint) -> tuple[Values, str, list[str
         return ({"input_ids": tokens()} if tiny.runs else {}), "48 tokens", []
     try:
         made = make_inputs(base)
-        outputs(base, made.values)
+        if not bool(outputs(base, made.values).isfinite().all()):
+            return {}, "outputs that aren't finite", []
     except UnsupportedError as refusal:
         return {}, reason(refusal.problems, base)[:160], []
     except Exception as error:  # noqa: BLE001  models raise all there is
@@ -102,8 +103,13 @@ def what_it_runs_on(tiny: Tiny, base: Checkpoint) -> tuple[Values, str, list[str
 
 
 def some(base: Checkpoint) -> str:
-    """The last of the layers that have an MLP."""
-    return str(max((mlp.block for mlp in base.anatomy.every_mlp), default=0))
+    """The last of the layers that have an MLP, in all stacks that grow."""
+    left = left_out(base)
+    last: dict[str, int] = {}
+    for mlp in base.anatomy.every_mlp:
+        if mlp.stack not in left:
+            last[mlp.stack] = max(mlp.block or 0, last.get(mlp.stack, 0))
+    return str(min(last.values(), default=0))
 
 
 def reason(problems: tuple[str, ...], base: Checkpoint) -> str:
