@@ -40,6 +40,9 @@ from .build import Tiny, tokens
 Values = Mapping[str, torch.Tensor]
 
 ALPHA = 0.3
+MOST_VALUES = 1 << 22
+"""Values of inputs that are run: an image of a thousand pixels a side, which a config that can't be
+shrunk asks for, takes minutes of attention."""
 SAME = 1e-5
 """What rounding explains of max |d| / max |logit|: norms and softmax compute in float32 whatever
 the weights are. A split that was forgotten gives a hundred times as much at the least."""
@@ -93,6 +96,8 @@ def what_it_runs_on(tiny: Tiny, base: Checkpoint) -> tuple[Values, str, list[str
         return ({"input_ids": tokens()} if tiny.runs else {}), "48 tokens", []
     try:
         made = make_inputs(base)
+        if sum(value.numel() for value in made.values.values()) > MOST_VALUES:
+            return {}, "inputs that are too large to run here", []
         if not bool(outputs(base, made.values).isfinite().all()):
             return {}, "outputs that aren't finite", []
     except UnsupportedError as refusal:

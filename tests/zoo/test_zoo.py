@@ -40,6 +40,9 @@ def compare(name: str, scratch: Path) -> None:
             pytest.skip("a library is installed that wasn't")
         assert "not built" in entry, f"{name} can be built now: {AGAIN}"
         return
+    if not wanted["logits"]:  # why is the model's own text
+        entry.pop("inputs", None)
+        wanted = {key: value for key, value in wanted.items() if key != "inputs"}
     assert entry == wanted, AGAIN
 
 
