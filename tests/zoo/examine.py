@@ -40,7 +40,7 @@ from .build import Tiny, tokens
 Values = Mapping[str, torch.Tensor]
 
 ALPHA = 0.3
-MOST_VALUES = 1 << 22
+MOST_VALUES = 1 << 21
 """Values of inputs that are run: an image of a thousand pixels a side, which a config that can't be
 shrunk asks for, takes minutes of attention."""
 SAME = 1e-5
