@@ -124,7 +124,10 @@ def auto_classes(config: Mapping[str, Any]) -> dict[str, str]:
     for name, holder in vars(auto).items():
         mapping = getattr(holder, "_model_mapping", None)
         if name.startswith("AutoModel") and mapping is not None and kind in mapping:
-            stock = mapping[kind]
+            try:
+                stock = mapping[kind]
+            except ValueError:  # transformers lists a class that it doesn't export
+                continue
             found[name] = (stock[0] if isinstance(stock, (tuple, list)) else stock).__name__
     return found
 
