@@ -4,11 +4,8 @@ the process matters, typer's runner elsewhere."""
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +14,8 @@ import pytest
 import torch
 from hub_standin import Hub, hub  # noqa: F401  (a fixture)
 from mixtures import build_mixture
+from processes import RUN, started
+from processes import surgery as installed
 from surgery.commands.main import app
 from typer.testing import CliRunner, Result
 
@@ -24,24 +23,9 @@ from surgery import files
 
 Make = Callable[..., Path]
 
-ELSEWHERE = tempfile.gettempdir()
-"""`python -c` looks for modules in the working directory first: not in that of the sources."""
-
 
 def surgery(*args: str | Path) -> Result:
     return CliRunner().invoke(app, [str(arg) for arg in args])
-
-
-def process(*args: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    code = "from surgery.commands.main import run; run()"
-    return subprocess.run(
-        [sys.executable, "-c", code, *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        cwd=ELSEWHERE,
-        check=False,
-    )
 
 
 def test_inspect_tells_what_is_there_as_json(make_model: Make) -> None:
@@ -64,18 +48,20 @@ def test_inspect_prints_a_table(make_model: Make) -> None:
         assert text in result.stdout
 
 
+TOLD = """
+def told(code):
+    heavy = {"torch", "transformers", "huggingface_hub", "numpy"} & set(sys.modules)
+    print(code, sorted(heavy), file=sys.stderr, flush=True)
+    leave(code)
+"""
+
+
 @pytest.mark.parametrize("args", [["--help"], ["inspect", "MODEL"], ["lines", "--help"]])
 def test_no_torch_where_headers_suffice(args: list[str], make_model: Make) -> None:
     args = [str(make_model()) if arg == "MODEL" else arg for arg in args]
-    code = (
-        "import sys\nfrom surgery.commands.main import run\n"
-        "try: run()\nexcept SystemExit as exit: assert not exit.code, exit.code\n"
-        "heavy = {'torch', 'transformers', 'huggingface_hub', 'numpy'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
-    subprocess.run(
-        [sys.executable, "-c", code, *args], check=True, capture_output=True, cwd=ELSEWHERE
-    )
+    code = f"import os, sys\nleave, os._exit = os._exit, lambda code: told(code)\n{TOLD}\n{RUN}"
+    done = installed(*args, code=code)
+    assert done.stderr == "0 []\n"
 
 
 def test_lines_writes_and_shows_scales_and_norms(make_model: Make, tmp_path: Path) -> None:
@@ -214,11 +200,8 @@ def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> 
 
     base = save_raw(tmp_path / "base", {f"t{i}": torch.randn(1024, 4096) for i in range(24)})
     tuned = save_raw(tmp_path / "tuned", {f"t{i}": torch.randn(1024, 4096) for i in range(24)})
-    code = "from surgery.commands.main import run; run()"
-    arguments = ["lines", str(base), str(tuned), "-o", str(tmp_path / "out"), "--alpha", "0.5"]
-    running = subprocess.Popen(
-        [sys.executable, "-c", code, *arguments], stderr=subprocess.PIPE, text=True, cwd=ELSEWHERE
-    )
+    arguments = ("lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.5")
+    running = started(*arguments, stderr=subprocess.PIPE)
     staging = tmp_path / ".out.staging"
     while not staging.exists() and running.poll() is None:
         time.sleep(0.002)
@@ -260,7 +243,7 @@ def test_verify_of_an_unrelated_pair_reports_the_drift(make_model: Make) -> None
 def test_progress_is_plain_lines_where_there_is_no_terminal(
     make_model: Make, tmp_path: Path
 ) -> None:
-    done = process("grow", make_model(), "-o", tmp_path / "out", "--no-logits", "--json")
+    done = installed("grow", make_model(), "-o", tmp_path / "out", "--no-logits", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["verification"]["logits"] is None
     assert "\x1b" not in done.stderr

@@ -19,6 +19,7 @@ import pytest
 import torch
 import yaml
 from conftest import files_in, save_raw
+from processes import RUN, started, surgery
 
 from surgery import (
     ArgumentError,
@@ -39,15 +40,6 @@ from surgery.writing.parts import parse_part, part_of_stage
 
 Raw = Callable[..., Path]
 SHARD = 4000
-RUN = "from surgery.commands.main import run; run()"
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", RUN, *map(str, arguments)]
-
-
-def surgery(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
 
 
 def stage_of(target: Path) -> Path:
@@ -240,8 +232,7 @@ def test_machines_write_at_once(recipe: Path, tmp_path: Path) -> None:
     single = ("run", recipe, "-o", tmp_path / "single", "--max-shard-size", "5MB")
     assert surgery(*single).returncode == 0
     running = [
-        subprocess.Popen(command(*given, "--shards", f"{number}/4"), stderr=subprocess.PIPE)
-        for number in range(1, 5)
+        started(*given, "--shards", f"{number}/4", stderr=subprocess.PIPE) for number in range(1, 5)
     ]
     journal = stage_of(tmp_path / "out") / "journal-2-of-4.jsonl"
     while not journal.exists() and running[1].poll() is None:
@@ -310,10 +301,7 @@ def test_options_that_go_not_together(recipe: Path, tmp_path: Path, options: Any
 
 def test_ray_is_asked_for_by_name(recipe: Path, tmp_path: Path) -> None:
     code = f"import sys; sys.modules['ray'] = None\n{RUN}"
-    arguments = ["run", str(recipe), "-o", str(tmp_path / "out"), "--ray", "local"]
-    found = subprocess.run(
-        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False
-    )
+    found = surgery("run", recipe, "-o", tmp_path / "out", "--ray", "local", code=code)
     assert found.returncode == 2
     assert found.stderr == "error: --ray needs Ray: pip install 'model-surgery[ray]'\n"
 
@@ -325,11 +313,11 @@ def test_a_cluster_that_loses_a_worker(recipe: Path, tmp_path: Path) -> None:
     assert surgery(*single).returncode == 0
     given = ("run", recipe, "-o", tmp_path / "out", "--max-shard-size", "5MB", "--threads", "1")
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    running = subprocess.Popen(
-        command(*given, "--ray", "local", "--json"),
+    running = started(
+        *given,
+        *("--ray", "local", "--json"),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        text=True,
         env=environment,
     )
     killed = False

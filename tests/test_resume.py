@@ -23,6 +23,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import files_in, save_raw
+from processes import started, surgery
 
 from surgery import (
     Checkpoint,
@@ -550,10 +551,12 @@ def test_a_sync_that_fails_is_a_failure(
         pytest.skip("what a descriptor stands for is read from /proc")
     names = [shard.name for shard in plan(edited_of(models), max_shard_bytes=SHARD).shards]
     monkeypatch.setattr(os, "fsync", failing)
-    with pytest.raises(OutputError, match="failed: Input/output error; 1 of "):
+    with pytest.raises(OutputError, match=r"failed: Input/output error; [1-6] of 7 "):
         write(edited_of(models), tmp_path / "out", max_shard_bytes=SHARD)
     monkeypatch.undo()
-    assert [*read_journals(stage_of(tmp_path / "out"))] == names[:1]
+    kept = [*read_journals(stage_of(tmp_path / "out"))]  # how many lie behind it is chance
+    assert names[0] in kept
+    assert names[1] not in kept
 
 
 def test_a_stage_that_is_gone(models: tuple[Path, Path], tmp_path: Path) -> None:
@@ -641,16 +644,6 @@ def test_files_are_open_only_while_they_are_written(
 
 # --- two at once ----------------------------------------------------------------------------
 
-RUN = "from surgery.commands.main import run; run()"
-
-
-def command(*arguments: object) -> list[str]:
-    return [sys.executable, "-c", RUN, *map(str, arguments)]
-
-
-def surgery(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(command(*arguments), capture_output=True, text=True, check=False)
-
 
 def test_of_two_runs_one_is_refused_before_it_proves_anything(
     make_model: Raw, tmp_path: Path
@@ -715,7 +708,7 @@ def large(tmp_path: Path) -> Path:
 def test_the_same_command_goes_on(large: Path, tmp_path: Path, number: signal.Signals) -> None:
     out, code = tmp_path / "out", {signal.SIGINT: 130, signal.SIGTERM: 143}.get(number, -9)
     arguments = ("lines", large, large, "-o", out, "--alpha", "0.5", "--max-shard-size", "5MB")
-    with subprocess.Popen(command(*arguments), stderr=subprocess.PIPE, text=True) as running:
+    with started(*arguments, stderr=subprocess.PIPE) as running:
         while running.poll() is None and len(read_journals(stage_of(out))) < 3:
             time.sleep(0.001)
         running.send_signal(number)

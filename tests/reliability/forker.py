@@ -27,7 +27,7 @@ from typing import Any, NoReturn
 
 from typing_extensions import Self
 
-REPOSITORY = Path(__file__).parents[2]
+TESTS = Path(__file__).parents[1]
 DEAD_AFTER = 120
 """Seconds after which a run counts as hung."""
 
@@ -59,18 +59,21 @@ class Run:
 
 
 class Forker:
-    """The process that forks. `preload` is a library that it is started with."""
+    """The process that forks. `preload` is a library that it is started with.
+
+    It finds this package, but not the sources of `surgery` beside it: they have no
+    `surgery.commands`, which only an installation has."""
 
     def __init__(self, logs: Path, *, preload: Path | None = None) -> None:
         self.logs = logs
         self.count = 0
         logs.mkdir(parents=True, exist_ok=True)
-        env = dict(os.environ, PYTHONPATH=str(REPOSITORY), COLUMNS="120", HF_HUB_OFFLINE="1")
+        env = dict(os.environ, PYTHONPATH=str(TESTS), COLUMNS="120", HF_HUB_OFFLINE="1")
         if preload is not None:
             env["LD_PRELOAD"] = str(preload)
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.reliability.forker"],
-            cwd=REPOSITORY,
+            [sys.executable, "-m", "reliability.forker"],
+            cwd=logs,
             env=env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from .forker import REPOSITORY
 from .scene import make_scene
 
 TRACED = (
@@ -176,7 +175,7 @@ def traced(argv: Sequence[str], folder: Path) -> str:
         [*command, sys.executable, "-c", code, *argv],
         check=False,
         cwd=folder,
-        env={"PYTHONPATH": str(REPOSITORY), "PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
+        env={"PATH": "/usr/bin:/bin", "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
     )
