@@ -30,7 +30,7 @@ def prove(
     """`surgery.verify`, saying what it is at."""
     from surgery import Verification, certify
     from surgery.verification import block_places, compare_logits
-    from surgery.verification.logits import check_device
+    from surgery.verification.device import check_device
 
     if logits:
         check_device(base, other, device, dtype)

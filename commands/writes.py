@@ -66,7 +66,7 @@ def planned(edited: Weights, target: Target, proof: Proof | None = None) -> dict
     layout = plan(edited, max_shard_bytes=target.max_shard_size)
     memory = peak_memory(layout, target.threads)
     if isinstance(edited, Checkpoint) and proof is not None and proof.verify and proof.logits:
-        from surgery.verification.logits import memory_needed
+        from surgery.verification.device import memory_needed
 
         memory = max(memory, memory_needed(edited, proof.dtype))
     return plan_as_json(layout, free_bytes(target.out), memory)

@@ -40,7 +40,7 @@ from surgery.modeling.shelf import Shelf
 from surgery.modeling.streaming import run_together
 from surgery.tensor import FileSpan, LazyTensor, gather
 from surgery.verification import compare_logits, logits
-from surgery.verification.logits import memory_needed
+from surgery.verification.device import largest_module, memory_needed
 
 IDS = torch.randint(3, 97, (2, 24), generator=torch.Generator().manual_seed(0))
 MIXED = ["mixtral", "deepseek_v3", "gpt_oss", "dbrx", "qwen3_next", "jamba"]
@@ -317,7 +317,7 @@ def test_where_the_loader_needs_values_models_are_loaded_whole(monkeypatch: pyte
 def test_memory_is_asked_for_as_much_as_the_way_of_running_takes(monkeypatch: pytest.MonkeyPatch):
     base = open_checkpoint(build("llama"))
     other = grow(base)
-    monkeypatch.setattr(logits, "BESIDE_WEIGHTS", 0)
+    monkeypatch.setattr("surgery.verification.device.BESIDE_WEIGHTS", 0)
     monkeypatch.setattr("surgery.modeling.build.KEPT_BUFFERS", 0)
     little = memory_needed(other, "float32")
     much = memory_needed(other, "float32", streamed=False)
@@ -342,7 +342,7 @@ def test_memory_is_asked_for_as_much_as_the_way_of_running_takes(monkeypatch: py
 def test_experts_of_a_block_count_as_one_module():
     base = open_checkpoint(build_mixture("mixtral"))
     experts = [t for n, t in base.items() if n.startswith("model.layers.1.") and "experts." in n]
-    assert logits._largest_module(base) == sum(tensor.numel for tensor in experts)
+    assert largest_module(base) == sum(tensor.numel for tensor in experts)
 
 
 # Deferred tensors

@@ -18,7 +18,7 @@ from surgery.verification import (
     compare_logits,
     find_relation,
 )
-from surgery.verification.logits import VerifyDtype
+from surgery.verification.device import VerifyDtype
 
 _Keeping = tuple[GrowArguments | ExpandArguments, Steps]
 """A step that keeps the function, and where it stands."""

@@ -14,8 +14,9 @@ from surgery.growth import Growth, growths_of
 from surgery.opening import read_json
 from surgery.parallel import Progress
 from surgery.verification.certificate import Certificate, Relation, certify
+from surgery.verification.device import VerifyDtype
 from surgery.verification.discover import discover_growths
-from surgery.verification.logits import NOISE_MULTIPLE, Logits, VerifyDtype, compare_logits
+from surgery.verification.logits import NOISE_MULTIPLE, Logits, compare_logits
 
 
 @dataclass(frozen=True)
