@@ -259,7 +259,7 @@ def test_a_scale_for_each_row_or_for_the_matrix(config: Any, shape: Any, tmp_pat
         scales.double() if scales.numel() == 1 else scales.double().reshape(40, 1)
     )
     assert same(made["a.weight"].whole(), product.float().bfloat16())
-    assert list(made) == ["a.bias", "a.weight"] or set(made) == {"a.bias", "a.weight"}
+    assert set(made) == {"a.bias", "a.weight"}
     assert "scales of activations (a.input_scale, ...) were left out" in made.notes[1]
 
 

@@ -321,7 +321,6 @@ def test_shards_and_their_index(raw_checkpoint: Raw, tmp_path: Path) -> None:
     made["big"] = torch.zeros(100)
     opened = open_checkpoint(raw_checkpoint(made))
     order = [*opened]
-    assert order[-1] == "big" or "big" in order
     layout = plan(opened, max_shard_bytes=80)
     groups = [[*shard.offsets] for shard in layout.shards]
     assert [name for group in groups for name in group] == order
