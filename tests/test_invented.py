@@ -63,6 +63,11 @@ def interleaved(x: torch.Tensor, t: Tensors) -> torch.Tensor:
     return (silu(both[:, ::2]) * both[:, 1::2]) @ t["ff.proj_2.weight"].T
 
 
+def geglu(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    value, gate = (x @ t["ff.net.0.proj.weight"].T + t["ff.net.0.proj.bias"]).chunk(2, 1)
+    return (value * torch.nn.functional.gelu(gate)) @ t["ff.net.2.weight"].T + t["ff.net.2.bias"]
+
+
 def numbered(x: torch.Tensor, t: Tensors) -> torch.Tensor:
     weights = torch.softmax(x @ t["moe.chooser.weight"].T, 1)
     each = [
@@ -94,6 +99,12 @@ SPECIALISTS: Shapes = {
     for e in range(EXPERTS)
     for name, shape in (("one", (WIDTH, H)), ("two", (H, WIDTH)))
 }
+GEGLU: Shapes = {
+    "ff.net.0.proj.weight": (2 * WIDTH, H),
+    "ff.net.0.proj.bias": (2 * WIDTH,),
+    "ff.net.2.weight": (H, WIDTH),
+    "ff.net.2.bias": (H,),
+}
 FFN: Shapes = {"ffn_in.weight": (WIDTH, H), "ffn_in.bias": (WIDTH,), "ffn_out.weight": (H, WIDTH)}
 
 INVENTED = {
@@ -113,6 +124,7 @@ INVENTED = {
         gated_in_out,
         grown=("g.weight", "u.weight", "d.weight"),
     ),
+    "the GEGLU of diffusers": Invented({**ATTENTION, **GEGLU}, geglu, grown=tuple(GEGLU)[:3]),
     "experts by another name": Invented(
         {**ATTENTION, "moe.chooser.weight": (EXPERTS, H), **SPECIALISTS},
         numbered,

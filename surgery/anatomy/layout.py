@@ -25,8 +25,10 @@ _OUT = re.compile(
     re.IGNORECASE,
 )
 _HALVES = re.compile(
-    r"gate_?(and_?)?up|up_?(and_?)?gate|(^|[._])(fc1|linear_fc1|wi|w12|w13|w1_w3)\b", re.IGNORECASE
+    r"gate_?(and_?)?up|up_?(and_?)?gate|(^|[._])(fc1|linear_fc1|wi|w12|w13|w1_w3|net\.0\.proj)\b",
+    re.IGNORECASE,
 )
+"""`net.0.proj` is the GEGLU of diffusers."""
 _CHOICE = re.compile(r"router|(^|[._])(gate|selector|switch|chooser|pick)(\.weight)?$")
 
 
