@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from enum import Enum
 from types import FrameType
 
@@ -22,12 +23,15 @@ class Terminated(KeyboardInterrupt):
 
 
 phase = Phase.starting
+PAUSE = 0.01
+"""Seconds until a signal comes again that was lost."""
 
 
 def take_signals() -> None:
     """Have `stop` called from now on."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    sys.unraisablehook = come_again
 
 
 def stop(number: int, frame: FrameType | None) -> None:
@@ -37,6 +41,19 @@ def stop(number: int, frame: FrameType | None) -> None:
     if phase is Phase.starting:
         os.write(2, f"{said(number)}\n".encode())
         os._exit(exit_code(number))
+
+
+def come_again(lost: sys.UnraisableHookArgs) -> None:
+    """What Python can't raise it prints, and goes on. If that was the answer to a signal, which
+    came in the middle of a destructor, the signal is sent again in a moment."""
+    if not isinstance(lost.exc_value, KeyboardInterrupt):
+        sys.__unraisablehook__(lost)
+        return
+    from threading import Timer
+
+    again = Timer(PAUSE, os.kill, (os.getpid(), number_of(lost.exc_value)))
+    again.daemon = True
+    again.start()
 
 
 def number_of(interrupt: KeyboardInterrupt) -> int:

@@ -193,6 +193,37 @@ def test_many_problems_are_cut_short(make_model: Make, tmp_path: Path) -> None:
     assert "and 15 more like these" in result.stderr
 
 
+LOST = """
+import os, sys, time
+number = int(sys.argv.pop())
+class Deaf:
+    def __del__(self):
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+def open_model(*args, **how):
+    Deaf()
+    return opened(*args, **how)
+import surgery.commands.lines as verb
+opened, verb.open_model = verb.open_model, open_model
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_a_destructor_is_not_lost(
+    number: signal.Signals, make_model: Make, tmp_path: Path
+) -> None:
+    """Python prints what is raised there, and goes on."""
+    base = make_model()
+    argv = ("lines", base, base, "-o", tmp_path / "out", "--alpha", "0.5", int(number))
+    done = installed(*argv, code=f"{LOST}{RUN}")
+    assert done.returncode == 128 + number, done.stderr
+    assert done.stderr.splitlines()[-1].endswith(
+        "nothing half-written was left under the final name"
+    )
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
     """A model large enough that it is still being written when the signal comes."""
