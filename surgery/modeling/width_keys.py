@@ -63,7 +63,8 @@ def find_width_keys(
     prefixes = _prefixes(now, have, wanted) if now is not None else None
     if now is None or prefixes is None:
         raise NotComparableError(
-            "the stock model of this config doesn't have these tensors in these shapes"
+            "the model that transformers makes of this config doesn't have the tensors of these "
+            "MLPs in these shapes, so the keys that set their widths can't be told"
         )
     names = {
         name: own
@@ -90,7 +91,7 @@ def find_width_keys(
         elif changed.keys() - covered.keys():
             found.values[path] = value
             covered |= changed
-        elif not changed and _named(path):
+        elif not changed and sounds_like_a_width(path):
             idle[path] = value  # it may do nothing, or nothing alone
     if covered != target and idle:
         found.values |= idle
@@ -180,7 +181,7 @@ def _candidates(
 ) -> Iterator[tuple[Path, Any]]:
     """Keys and what they would have to be, the likeliest first: those that hold an old width,
     then those that a width is so many times of, or a hidden size times a width."""
-    values = {**dict(_leaves(completed(config))), **dict(_leaves(config))}
+    values = {**dict(leaves(completed(config))), **dict(leaves(config))}
     hidden = {
         value for path, value in values.items() if path[-1] in HIDDEN_KEYS and type(value) is int
     }
@@ -188,14 +189,20 @@ def _candidates(
     later: list[tuple[Path, Any]] = []
     for path, value in values.items():
         if isinstance(value, list):
-            exact += [(path, made) for made in _lists(value, dict(widths)) if _named(path)]
+            exact += [
+                (path, made) for made in _lists(value, dict(widths)) if sounds_like_a_width(path)
+            ]
             continue
         for old, new in widths:
             if value == old and type(value) is int:
                 exact.append((path, new))
-            elif value is None and _named(path):
+            elif value is None and sounds_like_a_width(path):
                 later.append((path, new))
-            elif type(value) is int and value > int(not _named(path)) and value * new % old == 0:
+            elif (
+                type(value) is int
+                and value > int(not sounds_like_a_width(path))
+                and value * new % old == 0
+            ):
                 close = value % old == 0 or (old % value == 0 and old // value <= MOST_TIMES)
                 if close or any(value * size == old for size in hidden):
                     later.append((path, value * new // old))
@@ -205,7 +212,7 @@ def _candidates(
                 later.append((path, value * new / old))
     for several in (exact, later):
         for named in (True, False):
-            yield from _each_once(item for item in several if _named(item[0]) == named)
+            yield from _each_once(item for item in several if sounds_like_a_width(item[0]) == named)
 
 
 def _lists(values: list[Any], widths: Mapping[int, int]) -> Iterator[list[Any]]:
@@ -232,18 +239,19 @@ def _each_once(items: Iterable[tuple[Path, Any]]) -> Iterator[tuple[Path, Any]]:
             yield item
 
 
-def _named(path: Path) -> bool:
+def sounds_like_a_width(path: Path) -> bool:
     """Whether a key sounds like an MLP's width: those are tried first."""
     words = ("inter", "inner", "ffn", "ff_", "ffw", "mlp", "_ff", "feed", "widen", "expan")
     return any(word in path[-1] for word in words)
 
 
-def _leaves(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+def leaves(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Path, Any]]:
+    """Every number, list and null of a config, with its path."""
     for key, value in config.items():
         if not isinstance(key, str):
             continue  # the numbers of labels
         if isinstance(value, Mapping):
-            yield from _leaves(value, (*above, key))
+            yield from leaves(value, (*above, key))
         elif isinstance(value, (list, tuple)):
             yield (*above, key), list(value)
         elif value is None or type(value) in (int, float):

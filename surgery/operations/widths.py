@@ -21,6 +21,7 @@ from surgery.errors import UnsupportedError
 from surgery.growth import Growth
 from surgery.modeling.block_keys import gives, grown_shapes, keys_by_block
 from surgery.modeling.layers import known
+from surgery.modeling.named_keys import named_keys
 from surgery.modeling.width_keys import (
     Found,
     NotComparableError,
@@ -148,6 +149,8 @@ def _with_keys(
     base: Checkpoint, config: dict[str, Any], growths: Sequence[Growth]
 ) -> dict[str, Any]:
     """The config with the keys that give the grown tensors their shapes, and no others."""
+    if not known(config) and (named := named_keys(config, base.anatomy.every_mlp, growths)):
+        return with_values(config, named)
     found = _find_keys(base, config, growths, ())
     if found.values:
         return with_values(config, found.values)

@@ -8,6 +8,7 @@ from typing import Literal
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
+from surgery.untrusted import brief
 
 VerifyDtype = Literal["float32", "float64"]
 
@@ -24,10 +25,29 @@ def check_device(
     streamed: bool = True,
 ) -> str:
     """The device to run on. Raises UnsupportedError if it isn't there or too small, where the
-    process would be killed for memory after minutes."""
+    process would be killed for memory after minutes, or if transformers has no such models."""
+    _check_known(base, other)
     device = _pick_device(device, dtype)
     check_size((base, other), device, dtype, streamed=streamed)
     return device
+
+
+def _check_known(*checkpoints: Checkpoint) -> None:
+    from surgery.modeling.layers import known
+
+    strangers = [one for one in checkpoints if not known(one.config)]
+    UnsupportedError.raise_if(
+        f"{one.source.reference}: "
+        + (
+            f"the installed transformers doesn't know the model type "
+            f"{brief(one.config.get('model_type'))}, so the model can't be run: install one that "
+            f"does, or --no-logits leaves the certificate"
+            if one.config
+            else "there is no config.json, so no model can be run: --no-logits leaves the "
+            "certificate, which is proof enough for the weights"
+        )
+        for one in strangers[:1]  # the other is made of it
+    )
 
 
 def _pick_device(device: str, dtype: VerifyDtype) -> str:
