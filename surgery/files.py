@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from surgery.errors import FormatError, InputError, NotFoundError
-from surgery.system import reason, remedy
+from surgery.system import reading, reason, remedy
 
 if TYPE_CHECKING:
     import torch
@@ -78,12 +78,8 @@ class InputFile:
     def check_unchanged(self) -> None:
         """Raise FormatError if somebody has written to what was read."""
         if "descriptor" in vars(self):
-            try:
+            with reading(self.path):
                 self._compare(self.descriptor.fd)
-            except OSError as error:
-                raise InputError(
-                    f"{self.path} can't be read: {reason(error)}{remedy(error)}"
-                ) from error
 
     def _compare(self, fd: int) -> None:
         now = Stamp.of(fd)
@@ -115,7 +111,8 @@ class InputFile:
                     f"{remedy(error)}"
                 ) from error
             if got == 0:
-                raise self._cut_short(os.fstat(descriptor.fd).st_size)
+                with reading(self.path):
+                    raise self._cut_short(os.fstat(descriptor.fd).st_size)
             done += got
 
     def holes(self, size: int) -> list[tuple[int, int]]:

@@ -20,6 +20,7 @@ import numpy
 from surgery.errors import FormatError
 from surgery.files import PAGE, InputFile
 from surgery.header import read_header
+from surgery.system import reading
 
 if TYPE_CHECKING:
     from surgery.tensor import FileSpan, LazyTensor
@@ -110,7 +111,8 @@ def require_filled(data: memoryview, offset: int, span: FileSpan, tensor: LazyTe
 def layout_of(span: FileSpan, tensor: LazyTensor) -> Layout:
     """Where `tensor`, which lies in a file, lies."""
     unit = unit_bytes(tensor.shape, tensor.dtype.bits)
-    size = os.fstat(span.file.descriptor.fd).st_size
+    with reading(span.file.path):
+        size = os.fstat(span.file.descriptor.fd).st_size
     return Layout(span.offset, span.offset + span.length, unit, size)
 
 

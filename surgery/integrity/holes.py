@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from surgery.errors import FormatError
 from surgery.files import InputFile
+from surgery.system import reading
 from surgery.tensor import FileSpan, LazyTensor
 
 if TYPE_CHECKING:
@@ -44,10 +45,11 @@ def _problems(tensors: Iterable[LazyTensor]) -> Iterator[str]:
 def holes_of(file: InputFile) -> list[Range]:
     """The holes of a file; none of one that stayed on the Hub. The file is open for that only: a
     checkpoint that is just looked at holds no descriptors."""
-    if not file.path.exists():
-        return []
-    opened = InputFile(file.path)
-    return opened.holes(fstat(opened.descriptor.fd).st_size)
+    with reading(file.path):
+        if not file.path.exists():
+            return []
+        opened = InputFile(file.path)
+        return opened.holes(fstat(opened.descriptor.fd).st_size)
 
 
 def holes_in(

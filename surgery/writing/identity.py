@@ -22,6 +22,7 @@ from surgery.errors import FormatError
 from surgery.files import InputFile, as_bytes
 from surgery.header import LENGTH_BYTES, LONGEST
 from surgery.integrity.digests import hub_digest
+from surgery.system import reading
 from surgery.tensor import FileSpan, LazyTensor
 from surgery.writing.plan import Plan
 from surgery.writing.record import version
@@ -127,7 +128,8 @@ def _files(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _file(file: InputFile) -> dict[str, Any]:
     """What tells a file from another without reading it all; taken from the file that is open."""
-    stat = os.fstat(file.descriptor.fd)
+    with reading(file.path):
+        stat = os.fstat(file.descriptor.fd)
     start = bytearray(LENGTH_BYTES)
     file.read_into(memoryview(start), 0)
     length = int.from_bytes(start, "little")

@@ -174,12 +174,14 @@ def _check_unchanged(weights: Weights) -> None:
 
 def prepare(weights: Weights, target: Path, *, overwrite: bool) -> None:
     """Raise OutputError if `target` exists or could harm an input."""
-    check_target(target, dict.fromkeys(weights.paths), overwrite=overwrite)
+    with told(staging_folder(target), weights.paths):
+        check_target(target, dict.fromkeys(weights.paths), overwrite=overwrite)
 
 
 def check_space(layout: Plan, target: Path) -> None:
     """Raise OutputError unless the output fits on the disk."""
-    needed, free = layout.bytes_needed, free_bytes(target) + staged_bytes(target)
+    with told(staging_folder(target), layout.weights.paths):
+        needed, free = layout.bytes_needed, free_bytes(target) + staged_bytes(target)
     if needed > free:
         raise OutputError(
             f"{target} needs {needed:,} bytes, and {free:,} are free there: make room, or "

@@ -25,6 +25,11 @@ FAULTS = [
     Fault("lines", "inputs", "pread", errno.EIO, 11),
     Fault("lines", "inputs", "open", errno.EMFILE, 9),
     Fault("lines", "inputs", "any", errno.EIO, 120, ever=True),
+    Fault("lines", "inputs", "fstat", errno.EIO, 17),
+    Fault("lines", "inputs", "fstat", errno.ESTALE, 46),
+    Fault("lines", "inputs", "stat", errno.EACCES, 66),
+    Fault("lines", "out", "stat", errno.EIO, 13),
+    Fault("lines", "out", "stat", errno.EACCES, 14),
 ]
 
 
