@@ -58,6 +58,11 @@ def gated_in_out(x: torch.Tensor, t: Tensors) -> torch.Tensor:
     return (silu(x @ t["g.weight"]) * (x @ t["u.weight"])) @ t["d.weight"]
 
 
+def gated(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    gate, up, down = (t[f"ff.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    return (silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+
 def interleaved(x: torch.Tensor, t: Tensors) -> torch.Tensor:
     both = x @ t["ff.proj_1.weight"].T
     return (silu(both[:, ::2]) * both[:, 1::2]) @ t["ff.proj_2.weight"].T
@@ -139,6 +144,18 @@ INVENTED = {
         {**ATTENTION, "ff.proj_1.weight": (2 * WIDTH, H), "ff.proj_2.weight": (H, WIDTH)},
         interleaved,
         refused="whether gate and up are the halves of ff.proj_1.weight or lie neuron by neuron",
+    ),
+    "an adapter beside the MLP": Invented(
+        {
+            **ATTENTION,
+            "ff.gate_proj.weight": (WIDTH, H),
+            "ff.up_proj.weight": (WIDTH, H),
+            "ff.down_proj.weight": (H, WIDTH),
+            "side_gate.weight": (KEYS, H),
+            "side_back.weight": (H, KEYS),
+        },
+        gated,
+        refused="side_gate.weight may choose between experts that lie in ff.down_proj.weight",
     ),
     "experts side by side": Invented(
         {
