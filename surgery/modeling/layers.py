@@ -27,13 +27,6 @@ class Built:
     outside: Mapping[str, tuple[int, ...]]
 
 
-def known(config: Mapping[str, Any]) -> bool:
-    """Whether the installed transformers knows the model type."""
-    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-    return config.get("model_type") in CONFIG_MAPPING
-
-
 def derived(config: Mapping[str, Any]) -> dict[str, Any]:
     """The values of the language model's config as its class completes them."""
     values = _or_refuse(config, lambda: build_config(config).get_text_config())

@@ -18,6 +18,14 @@ _REMOTE_KEYS = ("auto_map", "custom_pipelines")
 _TUNING_KEYS = ("fusion_config", "attn_implementation", "experts_implementation")
 
 
+def known(config: Mapping[str, Any]) -> bool:
+    """Whether the installed transformers knows the model type."""
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in CONFIG_MAPPING
+
+
 def build_config(config: Mapping[str, Any]) -> Any:
     """The config object that AutoConfig would make of `config.json`."""
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -29,7 +37,7 @@ def build_config(config: Mapping[str, Any]) -> Any:
     model_type = values.get("model_type")
     if model_type == "mistral" and "layer_types" in values:  # AutoConfig's own rule
         model_type = values["model_type"] = "ministral"
-    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+    if not known(values):
         raise UnsupportedError(
             f"the installed transformers doesn't know the model type {brief(model_type)}, so the "
             f"model can't be built"

@@ -17,7 +17,8 @@ from typing import Any
 
 from surgery.anatomy.infer import HIDDEN_KEYS
 from surgery.errors import UnsupportedError
-from surgery.modeling.layers import completed, known, stored_shapes
+from surgery.modeling.layers import completed, stored_shapes
+from surgery.modeling.stock import known
 
 Shapes = Mapping[str, tuple[int, ...]]
 Path = tuple[str, ...]

@@ -59,7 +59,8 @@ def composed_config(
     unchanged = [at for _, at in blocks] == list(range(before.anatomy.stacks[stack]))
     if unchanged and len(models) == 1:
         return config
-    from surgery.modeling.layers import derived, known
+    from surgery.modeling.layers import derived
+    from surgery.modeling.stock import known
 
     stock = known(config)
     values = {id(model): _values(model) for model in models}
@@ -85,7 +86,7 @@ def composed_config(
 
 def unchecked(config: Mapping[str, Any]) -> list[str]:
     """A note, where transformers doesn't know the model type."""
-    from surgery.modeling.layers import known
+    from surgery.modeling.stock import known
 
     if not config or known(config):
         return []
@@ -111,7 +112,8 @@ def _with_part(config: Mapping[str, Any], part: dict[str, Any]) -> dict[str, Any
 
 def _values(model: Checkpoint) -> Mapping[str, Any]:
     """The language model's config, completed by its class where transformers knows it."""
-    from surgery.modeling.layers import derived, known
+    from surgery.modeling.layers import derived
+    from surgery.modeling.stock import known
 
     config = _plain(model)
     return derived(config) if known(config) else text_config(config)

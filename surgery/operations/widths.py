@@ -20,8 +20,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
 from surgery.modeling.block_keys import gives, grown_shapes, keys_by_block
-from surgery.modeling.layers import known
 from surgery.modeling.named_keys import named_keys
+from surgery.modeling.stock import known
 from surgery.modeling.width_keys import (
     Found,
     NotComparableError,

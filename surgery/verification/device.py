@@ -33,7 +33,7 @@ def check_device(
 
 
 def _check_known(*checkpoints: Checkpoint) -> None:
-    from surgery.modeling.layers import known
+    from surgery.modeling.stock import known
 
     strangers = [one for one in checkpoints if not known(one.config)]
     UnsupportedError.raise_if(
