@@ -24,6 +24,7 @@ CARD = "README.md"
 CHECKSUMS = "SHA256SUMS"
 SIGNATURE = "model.sig"
 FINGERPRINT_ELEMENTS = 2048
+_ORIGIN = ("_name_or_path", "transformers_version")
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ class Checkpoint(Weights):
         """This checkpoint after `edit`, with these tensors in the place of those of that name,
         and, where they are given, another config and other companion files. The edits that
         `others`, the further inputs of `edit`, have behind them are part of its history."""
-        return replace(
+        made = replace(
             self,
             tensors={**self.tensors, **tensors},
             config=self.config if config is None else config,
@@ -186,6 +187,34 @@ class Checkpoint(Weights):
             notes=self.notes + notes,
             history=(*joint_history(self, *others), edit),
         )
+        if "anatomy" in vars(self):
+            share_anatomy(self, made)
+        return made
+
+
+def share_anatomy(known: Checkpoint, other: Checkpoint) -> None:
+    """Infer one anatomy for two checkpoints that agree in all that it is made from. Of 100,000
+    tensors it takes seconds."""
+    if "anatomy" not in vars(other) and _same_headers(known, other):
+        vars(other)["anatomy"] = known.anatomy
+
+
+def _same_headers(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether names, in their order, types, shapes, configs and corrections are the same."""
+    return (
+        json.dumps(_described(one.config)) == json.dumps(_described(other.config))
+        and one.corrections == other.corrections
+        and list(one) == list(other)
+        and all(
+            a.shape == b.shape and a.dtype == b.dtype
+            for a, b in zip(one.values(), other.values(), strict=True)
+        )
+    )
+
+
+def _described(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config without what says nothing of the tensors: which file it was, who wrote it."""
+    return {key: value for key, value in config.items() if key not in _ORIGIN}
 
 
 def joint_history(*inputs: Weights) -> tuple[Edit, ...]:

@@ -11,7 +11,7 @@ from surgery.errors import NotFoundError
 from surgery.integrity.holes import refuse_holes
 from surgery.lora.adapter import is_adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
-from surgery.task_vector import TaskVector, open_task_vector
+from surgery.vectors import TaskVector, open_task_vector
 
 
 def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Checkpoint:

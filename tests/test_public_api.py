@@ -2,17 +2,37 @@
 
 from __future__ import annotations
 
+import pkgutil
+import subprocess
+import sys
+
 import surgery
+from surgery import public
 
 
 def test_all_is_what_is_there() -> None:
-    public = {
+    offered = {
         name
-        for name, value in vars(surgery).items()
+        for name, value in vars(public).items()
         if not name.startswith("_") and getattr(value, "__module__", None) is not None
     }
-    assert public == set(surgery.__all__)
+    assert offered == set(surgery.__all__) <= set(dir(surgery))
+    assert all(getattr(surgery, name) is getattr(public, name) for name in surgery.__all__)
+    modules = {module.name for module in pkgutil.iter_modules(surgery.__path__)}
+    assert not modules & offered  # a module is there before what is imported when asked for
     assert list(surgery.__all__) == sorted(surgery.__all__, key=lambda n: (n[0].islower(), n))
+
+
+def test_what_is_not_there_is_no_attribute() -> None:
+    assert not hasattr(surgery, "transplant")
+
+
+def test_help_imports_no_more_than_it_shows() -> None:
+    """Neither the library behind the verbs nor what it needs: starting takes no time."""
+    shown = "import sys, surgery.commands.main; print(*sys.modules)"
+    command = [sys.executable, "-c", shown]
+    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    assert not {"torch", "numpy", "transformers", "surgery.public", "surgery.tensor"} & set(made)
 
 
 def test_everything_public_says_what_it_is() -> None:

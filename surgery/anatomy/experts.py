@@ -11,6 +11,7 @@ import re
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from surgery.anatomy.mlp import (
@@ -60,8 +61,15 @@ def find_experts(
     `choices` are the numbers of things between which a matrix of the block may choose, `in_out`
     says how its stack stores matrices."""
     found = Experts()
-    for (kind, path), group in _groups(f"{stack}.{block}.", tensors, hidden, choices).items():
+    prefix = f"{stack}.{block}."
+    alike: dict[object, tuple[str, MLP]] = {}
+    for (kind, path), group in _groups(prefix, tensors, hidden, choices).items():
         found.tensors |= group.keys()
+        form = _form(kind, prefix + path, group)
+        if form in alike:
+            module, first = alike[form]
+            found.mlps.append(first.moved(module, prefix + path))
+            continue
         mlp: MLP | str | None
         if any(len(tensor.shape) == 3 for tensor in group.values()):
             mlp = _stacked(
@@ -79,7 +87,15 @@ def find_experts(
             found.problems.append(f"{path}: {mlp}")
         else:
             found.mlps.append(replace(mlp, kind=kind))
+            alike[form] = prefix + path, found.mlps[-1]
     return found
+
+
+def _form(kind: Kind, module: str, group: Mapping[str, LazyTensor]) -> object:
+    """What the experts of a block that differ in nothing but their number have in common."""
+    inside = [(name.removeprefix(module), t.shape, t.dtype.kind) for name, t in group.items()]
+    above, _, number = module.rpartition(".")
+    return kind, above if number.isdigit() else module, tuple(inside)
 
 
 def _groups(
@@ -94,16 +110,17 @@ def _groups(
             stacks[_parent(name.removeprefix(block))] += 1
     for name, tensor in tensors.items():
         inner = name.removeprefix(block)
-        if _ATTENTION.search(inner):
-            continue
         path = _parent(inner)
+        if _in_attention(inner):
+            continue
         if stacks.get(path, 0) < 2 or not (_is_stacked(name, tensor, hidden) or "bias" in inner):
-            match = _NUMBERED.match(inner) or _SHARED.match(inner) or _FLAT.match(inner)
-            if match is None:
-                match = _MEMBER.match(inner)
-                if match is None or match.group(1) not in lists:
-                    continue
-            path = match.group(0)
+            member = _member(inner)
+            if found := _named_expert(inner):
+                path = found
+            elif member is not None and member[0] in lists:
+                path = f"{member[0]}.{member[1]}"
+            else:
+                continue
         kind: Kind = "shared" if "shared" in path else "routed"
         groups[kind, path][name] = tensor
     return groups
@@ -114,8 +131,8 @@ def _lists_of_experts(names: Iterable[str], choices: Container[int]) -> set[str]
     from, whatever they are called."""
     members: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     for name in names:
-        if (match := _MEMBER.match(name)) is not None and name.endswith(".weight"):
-            members[match.group(1)][int(match.group(2))].add(name[match.end() :])
+        if (member := _member(name)) is not None and name.endswith(".weight"):
+            members[member[0]][int(member[1])].add(member[2])
     return {
         prefix
         for prefix, found in members.items()
@@ -127,10 +144,31 @@ def _lists_of_experts(names: Iterable[str], choices: Container[int]) -> set[str]
 def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
     """Whether it is a matrix for each expert: one of a single row is a vector, as RWKV has them."""
     sides = tensor.shape[1:]
-    no_expert = _ATTENTION.search(name) or _CONVOLUTION.search(name)
-    return len(sides) == 2 and hidden in sides and 1 not in sides and not no_expert
+    if len(sides) != 2 or hidden not in sides or 1 in sides:
+        return False
+    return not (_ATTENTION.search(name) or _CONVOLUTION.search(name))
 
 
+@lru_cache(maxsize=1 << 12)  # blocks have the same names inside
+def _in_attention(inner: str) -> bool:
+    return _ATTENTION.search(inner) is not None
+
+
+@lru_cache(maxsize=1 << 12)
+def _named_expert(inner: str) -> str | None:
+    """The module of an expert, where the name of a tensor says that it is one's."""
+    match = _NUMBERED.match(inner) or _SHARED.match(inner) or _FLAT.match(inner)
+    return match.group(0) if match else None
+
+
+@lru_cache(maxsize=1 << 12)
+def _member(inner: str) -> tuple[str, str, str] | None:
+    """The list of modules that a tensor is in, the number in it, and what follows."""
+    match = _MEMBER.match(inner)
+    return (match[1], match[2], inner[match.end() :]) if match else None
+
+
+@lru_cache(maxsize=1 << 12)
 def _parent(inner: str) -> str:
     """The module that holds a projection: of "experts.fc1.weight" and "experts.down_proj" alike."""
     return re.sub(r"\.(weight|bias)$", "", inner).rpartition(".")[0]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role
@@ -51,9 +52,8 @@ def told_layouts(
         size, shape = hidden[place.stack, place.block], tensors[name].shape
         if len(shape) != 2 or shape[0] == shape[1] or size not in shape:
             continue
-        stem = place.inner.removesuffix(".weight")
-        if _OUT.search(stem) or _IN.search(stem):
-            found.add((shape[0] == size) != bool(_OUT.search(stem)))
+        if (to_hidden := _leads_to_hidden(place.inner.removesuffix(".weight"))) is not None:
+            found.add((shape[0] == size) != to_hidden)
         if place.role in (Role.UNKNOWN, Role.MLP):
             loose.setdefault((place.stack, place.block), Counter())[shape] += 1
     for (stack, block), shapes in loose.items():
@@ -61,6 +61,13 @@ def told_layouts(
         if count == 2 and others == [(most[::-1], 1)]:
             told[stack].add(most[0] == hidden[stack, block])
     return told
+
+
+@lru_cache(maxsize=1 << 12)  # blocks have the same names inside
+def _leads_to_hidden(stem: str) -> bool | None:
+    """Whether the name of a matrix says that it leads back to the hidden states, or from them."""
+    back = bool(_OUT.search(stem))
+    return back if back or _IN.search(stem) else None
 
 
 def what_is_not_told(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TYPE_CHECKING, Literal
 
@@ -88,6 +88,19 @@ class MLP:
     def tensors(self) -> tuple[str, ...]:
         """The names of the tensors that widen with the MLP (all but the bias of `down`)."""
         return tuple(name for name, _, _ in self.axes())
+
+    def moved(self, module: str, other: str) -> MLP:
+        """The same of tensors that are called alike in `other`, where these are in `module`."""
+
+        def there(projection: Projection) -> Projection:
+            bias = projection.bias
+            return replace(
+                projection,
+                weight=other + projection.weight.removeprefix(module),
+                bias=None if bias is None else other + bias.removeprefix(module),
+            )
+
+        return replace(self, ups=tuple(map(there, self.ups)), down=there(self.down))
 
     def axes(self) -> Iterator[tuple[str, Projection, int]]:
         """Every tensor that widens, its projection, and the axis along which its neurons lie."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
+from functools import lru_cache
 from itertools import islice
 
 from surgery.tensor import LazyTensor
@@ -100,24 +101,25 @@ def find_places(
     another, the outermost. `depth` is the number of layers in the config, which settles whether a
     list of one is a stack.
     """
-    stacks = _stacks(tensors, depth)
+    numbered = {name: tuple(_numbered(name)) for name in tensors}
+    stacks = _stacks(numbered, depth)
     mixers = _mixers(tensors)
     places = {}
     for name, tensor in tensors.items():
-        where = next((each for each in _numbered(name) if each[0] in stacks), None)
+        where = next((each for each in numbered[name] if each[0] in stacks), None)
         if where is not None:
             stack, number, inner = where
-            role = _role(inner, tensor, _ROLES)
+            role = _role(inner, tensor)
             block = len(name) - len(inner)
             places[name] = Place(_mixing(name, role, mixers, block), inner, stack, number)
         else:
-            places[name] = Place(_role(name, tensor, _OUTSIDE), name)
+            places[name] = Place(_role(name, tensor, outside=True), name)
     return places, stacks
 
 
 def place_in_block(inner: str, tensor: LazyTensor, stack: str, block: int) -> Place:
     """The place of a tensor that is called `inner` in a block."""
-    return Place(_role(inner, tensor, _ROLES), inner, stack, block)
+    return Place(_role(inner, tensor), inner, stack, block)
 
 
 def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
@@ -126,10 +128,12 @@ def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
         yield name[: match.start()].removesuffix("."), int(match.group(1)), name[match.end() :]
 
 
-def _stacks(names: Iterable[str], depth: int | None) -> dict[str, int]:
+def _stacks(
+    numbered: Mapping[str, tuple[tuple[str, int, str], ...]], depth: int | None
+) -> dict[str, int]:
     found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for name in names:
-        for prefix, number, inner in _numbered(name):
+    for every in numbered.values():
+        for prefix, number, inner in every:
             found[prefix][number].add(inner)
     stacks = {
         prefix: len(blocks) for prefix, blocks in found.items() if _is_stack(prefix, blocks, depth)
@@ -195,12 +199,15 @@ def _mixing(name: str, role: Role, mixers: Mapping[str, bool], block: int) -> Ro
     return role
 
 
-def _role(name: str, tensor: LazyTensor, rules: tuple[tuple[Role, re.Pattern[str]], ...]) -> Role:
+def _role(name: str, tensor: LazyTensor, *, outside: bool = False) -> Role:
     if tensor.dtype.kind == "integer":
         return Role.BUFFER
     if name.endswith(("attn.bias", "attention.bias")) and len(tensor.shape) == 4:
         return Role.BUFFER  # the causal mask of GPT-2, GPT-Neo(X): a float in old files
-    for role, pattern in rules:
-        if pattern.search(name):
-            return role
-    return Role.UNKNOWN
+    return _named_role(name, outside)
+
+
+@lru_cache(maxsize=1 << 12)  # blocks have the same names inside
+def _named_role(name: str, outside: bool) -> Role:
+    rules = _OUTSIDE if outside else _ROLES
+    return next((role for role, pattern in rules if pattern.search(name)), Role.UNKNOWN)

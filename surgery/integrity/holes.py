@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Sequence
 from os import fstat
 from typing import TYPE_CHECKING
 
@@ -32,12 +33,12 @@ def _problems(tensors: Iterable[LazyTensor]) -> Iterator[str]:
         span = tensor.leaf
         if not isinstance(span, FileSpan):
             continue
-        if span.file not in found:
-            found[span.file] = holes_of(span.file)
-        if found[span.file]:
+        if (holes := found.get(span.file)) is None:
+            holes = found[span.file] = holes_of(span.file)
+        if holes:
             from surgery.pages import Zeros, allowed, never_written
 
-            for run, kind in holes_in(tensor, span, found[span.file]):
+            for run, kind in holes_in(tensor, span, holes):
                 if kind in (Zeros.FILLED, Zeros.ODD) and not allowed():
                     yield never_written(run, span, hole=True)
 
@@ -53,13 +54,20 @@ def holes_of(file: InputFile) -> list[Range]:
 
 
 def holes_in(
-    tensor: LazyTensor, span: FileSpan, holes: Iterable[Range]
+    tensor: LazyTensor, span: FileSpan, holes: Sequence[Range]
 ) -> Iterator[tuple[Range, Zeros]]:
-    """The parts of `tensor` that lie in holes of its file, and what they look like."""
-    from surgery.pages import kind_of, layout_of, reader
+    """The parts of `tensor` that lie in holes of its file, which come in order, and what they look
+    like."""
+    from surgery.pages import Zeros, kind_of, layout_of, reader
 
-    layout, read = layout_of(span, tensor), reader(span.file)
-    for start, stop in holes:
-        run = max(start, layout.start), min(stop, layout.stop)
-        if run[0] < run[1]:
-            yield run, kind_of(run, layout, read)
+    whole = span.offset, span.offset + span.length
+    first = bisect_right(holes, whole[0], key=lambda hole: hole[1])
+    for at in range(first, len(holes)):
+        start, stop = holes[at]
+        if start >= whole[1]:
+            break
+        run = max(start, whole[0]), min(stop, whole[1])
+        if run == whole and span.length:
+            yield run, Zeros.WHOLE
+        elif run[0] < run[1]:
+            yield run, kind_of(run, layout_of(span, tensor), reader(span.file))

@@ -17,8 +17,8 @@ from surgery.lora.edits import Edited, collect
 from surgery.lora.product import wide
 from surgery.merging.finite import finite, unchecked
 from surgery.operations.dequantize import computable
-from surgery.task_vector import TaskVector, combined
 from surgery.tensor import LazyTensor
+from surgery.vectors import TaskVector, combined
 
 
 def apply_adapter(base: Checkpoint, *adapters: Adapter) -> Checkpoint:

@@ -194,10 +194,13 @@ class _Merging:
         self, given: Mapping[str, Any], per_tensor: PerTensor | None
     ) -> dict[str, dict[str, Any]]:
         """The parameters of every tensor."""
+        if per_tensor is None:  # one for all, and `check_arguments` found nothing wrong with it
+            same, _ = resolve(self.method.parameters, given, len(self.models))
+            return dict.fromkeys(self.names, same)
         values = {}
         problems: dict[str, list[str]] = {}
         for name in self.names:
-            own = {**given, **(per_tensor(name) if per_tensor is not None else {})}
+            own = {**given, **per_tensor(name)}
             values[name], found = resolve(self.method.parameters, own, len(self.models))
             for problem in found + joint_problems(self.method, values[name], len(self.models)):
                 problems.setdefault(problem, []).append(name)
@@ -238,9 +241,9 @@ class _Merging:
         return untied_config(config)
 
     def _build(self, name: str, scale: float | None) -> LazyTensor:
-        job = self._job(name)
         if scale is None:
-            return self.method.build(replace(job, scale=job.parameters.get("lambda", 1.0)))
+            return self.method.build(self._job(name, self.values[name].get("lambda", 1.0)))
+        job = self._job(name)
         assert self.base is not None
         if self.method.base == "none":
             return _scaled_merge(self.method, job, self._of(self.base, name), scale)
@@ -250,7 +253,7 @@ class _Merging:
             return built
         return replace(built, measure=partial(_already_measured, known))
 
-    def _job(self, name: str) -> Job:
+    def _job(self, name: str, scale: float = 1.0) -> Job:
         place = self.first.anatomy.places.get(name)
         tied = self.tied and name == self.head
         first = self.first[self._name_in(self.first, name)]
@@ -264,6 +267,7 @@ class _Merging:
             parameters=self.values[name],
             dtype=self.dtypes.get(first.dtype, first.dtype),
             seed=self.seed,
+            scale=scale,
             matrix=len(first.shape) == 2
             and place is not None
             and place.block is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from surgery.anatomy.infer import text_config
-from surgery.checkpoint import Checkpoint
+from surgery.checkpoint import Checkpoint, share_anatomy
 from surgery.errors import MismatchError, UnsupportedError
 from surgery.quantization.schemes import Quantization
 
@@ -34,6 +34,7 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str = RESIZ
     `vocabularies` says what to do about embeddings that differ in rows.
     """
     where = f"{base.source.reference} (base) and {tuned.source.reference} (tuned)"
+    share_anatomy(base, tuned)
     problems = []
     types = [text_config(model.config).get("model_type") for model in (base, tuned)]
     if None not in types and types[0] != types[1]:

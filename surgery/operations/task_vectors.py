@@ -17,8 +17,8 @@ from surgery.errors import ArgumentError, MismatchError, UnsupportedError
 from surgery.merging.finite import checked_after, finite
 from surgery.operations.dequantize import computable
 from surgery.operations.pairs import check_pair, tied_head
-from surgery.task_vector import TaskVector
 from surgery.tensor import LazyTensor
+from surgery.vectors import TaskVector
 
 
 def task_vector(

@@ -42,7 +42,7 @@ from surgery.recipe.schema import (
     TaskVectorArguments,
 )
 from surgery.recipe.settings import Constant, Setting, Spot, spot_of
-from surgery.task_vector import TaskVector, is_task_vector, open_task_vector
+from surgery.vectors import TaskVector, is_task_vector, open_task_vector
 
 Model = Checkpoint | TaskVector | Adapter | LoraAdapter
 """What an input or a step can be. An adapter that was opened is an input alone, one that was

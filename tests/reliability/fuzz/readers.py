@@ -319,7 +319,7 @@ def read_record(data: bytes) -> None:
 
 
 def read_task_vector(data: bytes) -> None:
-    from surgery.task_vector import open_task_vector
+    from surgery.vectors import open_task_vector
 
     here = folder("vector")
     (here / "task_vector.json").write_bytes(data)
