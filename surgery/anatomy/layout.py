@@ -73,7 +73,7 @@ def what_is_not_told(
     block = f"{mlp.stack}.{mlp.block}."
     up, down = mlp.ups[0], mlp.down.weight.removeprefix(block)
     first = up.weight.removeprefix(block)
-    if other := _chooses(mlp, tensors):
+    if other := _chooses(mlp, tensors, config):
         return (
             f"{other.removeprefix(block)} may choose between experts that lie in {down} side by "
             f"side; if not, {SAY}"
@@ -91,16 +91,53 @@ def what_is_not_told(
     return None
 
 
-def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> str | None:
+def _chooses(
+    mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, object]
+) -> str | None:
     """A matrix that gives a few numbers for each token, by which its width can be divided, in the
-    module of the MLP or named like a router."""
-    module = mlp.down.weight.removesuffix(".weight").rpartition(".")[0] + "."
+    module of the MLP or named like a router. It is none where a matrix beside it leads those
+    numbers back to the hidden size, nor outside that module where a config of a known type says
+    nothing of so many experts: other things are routed too."""
+    module = _module(mlp.down.weight)
     own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
     for name, tensor in tensors.items():
         if name in mlp.tensors or len(tensor.shape) != 2 or mlp.hidden not in tensor.shape:
             continue
         few = min(tensor.shape)
-        near = (own and name.startswith(module)) or _CHOICE.search(name)
-        if 1 < few < mlp.hidden and mlp.width % few == 0 and near:
+        if not 1 < few < mlp.hidden or mlp.width % few or _leads_back(name, mlp, tensors):
+            continue
+        inside = own and name.startswith(module)
+        elsewhere = own and "model_type" in config and few not in _expert_counts(config)
+        if inside or (_CHOICE.search(name) and not elsewhere):
             return name
     return None
+
+
+def _leads_back(name: str, mlp: MLP, tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the numbers that a matrix gives go back to the hidden states, as in an adapter: one
+    of the opposite shape is in its module. Only where matrices are (out, in): in the other layout
+    a bias for each expert has that shape."""
+    shape = tensors[name].shape
+    if mlp.down.in_out or shape[1] != mlp.hidden:
+        return False
+    return any(
+        tensor.shape == shape[::-1] and _module(other) == _module(name)
+        for other, tensor in tensors.items()
+        if other not in mlp.tensors
+    )
+
+
+def _module(weight: str) -> str:
+    """The module that a matrix is in, with a dot behind it."""
+    return weight.removesuffix(".weight").rpartition(".")[0] + "."
+
+
+def _expert_counts(config: Mapping[str, object]) -> set[int]:
+    """Whole numbers under keys that speak of experts, those of parts included."""
+    counts = set()
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            counts |= _expert_counts(value)
+        elif type(value) is int and re.search(r"expert|moe", str(key)):
+            counts.add(value)
+    return counts

@@ -7,6 +7,7 @@ width back to the hidden size, whatever it is called.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
@@ -79,6 +80,8 @@ class MLP:
     width: int
     hidden: int
     kind: Kind = "dense"
+    evenly: str | None = None
+    """Why all neurons have to be copied equally often, if they have to."""
 
     @property
     def gated(self) -> bool:
@@ -142,7 +145,7 @@ def find_mlp(
             ups[name] = rows
     candidates = [name for name, width in downs.items() if width in widths] or list(downs)
     named = [name for name in candidates if DOWN.search(name.rpartition(".")[0])]
-    if len(named) == 1 and sum(map(named[0].startswith, map(_parent, candidates))) == 1:
+    if len(named) == 1 and _apart(named[0], candidates, downs, ups):
         candidates = named  # the others are in other modules: a Mamba's output of that width
     if len(candidates) != 1:
         return f"can't tell which of {', '.join(sorted(matrices))} is the down projection"
@@ -224,6 +227,22 @@ def second_of_two(names: list[str]) -> str | None:
 def _ups_of(down: str, candidates: list[str]) -> list[str]:
     """Those of the candidates that are in the module of the down projection, if any is."""
     return [name for name in candidates if name.startswith(_parent(down))] or candidates
+
+
+def _apart(
+    down: str, candidates: Iterable[str], downs: Mapping[str, int], ups: Mapping[str, int]
+) -> bool:
+    """Whether the other candidates for a down projection are in other modules: neither in its own
+    nor around it. Around one that holds what leads to it too there may be an adapter: two matrices
+    of a size of their own, there and back."""
+    own = _parent(down)
+    held = any(name.startswith(own) for name in ups)
+    sizes = Counter((*downs.values(), *ups.values()))
+    around = [name for name in candidates if name != down and down.startswith(_parent(name))]
+    return all(
+        held and _parent(name) != own and sizes[downs[name]] == 2 and downs[name] in ups.values()
+        for name in around
+    )
 
 
 def _parent(weight: str) -> str:
