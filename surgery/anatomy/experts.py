@@ -13,6 +13,8 @@ from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from surgery.anatomy.idle import idle_projections
+from surgery.anatomy.inner import Inner, find_inner
 from surgery.anatomy.mlp import (
     DOWN,
     INTERLEAVED_NAME,
@@ -29,9 +31,9 @@ INTERLEAVED = frozenset({"gpt_oss"})
 
 _ATTENTION = re.compile(r"(^|[._])[^\W_]*(attn|attention)\.")  # JetMoE: attention of experts
 _CONVOLUTION = re.compile(r"(^|[._])[^\W_]*convs?\d*([._]|$)")  # (out, in, length), and no experts
-_NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
+_NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?[._]\d+(?=\.)")
 _MEMBER = re.compile(r"((?:.*?\.)?[A-Za-z_]\w*)\.(\d+)(?=\.)")
-_SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
+_SHARED = re.compile(r"(?:^|.*\.)\w*shared?_(?:experts?|mlp)(?=\.)")
 _FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
 _GATE = re.compile(r"(^|[._])[^\W_]*gate(\.weight)?$")
 _EXPERT_COUNTS = ("moe_num_experts", "num_local_experts", "num_experts", "n_routed_experts")
@@ -59,52 +61,64 @@ def find_experts(
     """The experts among the tensors of one block. `config` is that of the language model,
     `choices` are the numbers of things between which a matrix of the block may choose, `in_out`
     says how its stack stores matrices."""
-    found = Experts()
-    for (kind, path), group in _groups(f"{stack}.{block}.", tensors, hidden, choices).items():
-        found.tensors |= group.keys()
+    found, prefix = Experts(), f"{stack}.{block}."
+    interleaved = str(config.get("model_type")) in INTERLEAVED
+    inner = find_inner(prefix, tensors, hidden)
+    groups = _groups(prefix, tensors, inner, choices)
+    routed = {path: group for (kind, path), group in groups.items() if kind == "routed"}
+    idle: dict[str, tuple[Projection, ...]] | None = None
+    refused: dict[str, str] = {}
+    for (kind, path), group in groups.items():
+        size, ways = inner.of(path, group)
+        found.tensors |= group.keys() | ways
         mlp: MLP | str | None
         if any(len(tensor.shape) == 3 for tensor in group.values()):
-            mlp = _stacked(
-                stack, block, group, hidden, str(config.get("model_type")) in INTERLEAVED
-            )
+            mlp = _stacked(stack, block, group, size, interleaved)
         elif any(_FLAT.match(name) for name in group):
-            mlp = _flat(stack, block, group, hidden, _count(config))
+            mlp = _flat(stack, block, group, size, _count(config))
         else:
-            mlp = find_mlp(stack, block, group, hidden, set(), in_out)
+            mlp = find_mlp(stack, block, group, size, set(), in_out)
         if mlp is None:
             mlp = "it has no matrix of the hidden size"
         elif not isinstance(mlp, str) and (others := follows_width(mlp, group)):
             mlp = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
         if isinstance(mlp, str):
-            found.problems.append(f"{path}: {mlp}")
-        else:
-            found.mlps.append(replace(mlp, kind=kind))
+            refused[path] = mlp
+            continue
+        if idle is None and kind == "routed":
+            idle = idle_projections(mlp.ups, prefix, path, routed, config)
+            mlp = replace(mlp, idle=tuple(up for ups in idle.values() for up in ups))
+        found.mlps.append(replace(mlp, kind=kind))
+    found.problems = [f"{path}: {why}" for path, why in refused.items() if path not in (idle or ())]
     return found
 
 
 def _groups(
-    block: str, tensors: Mapping[str, LazyTensor], hidden: int, choices: Container[int]
+    block: str, tensors: Mapping[str, LazyTensor], sizes: Inner, choices: Container[int]
 ) -> dict[tuple[Kind, str], dict[str, LazyTensor]]:
     """The tensors of each expert, or stack of experts, by its kind and the path of its module."""
     groups: dict[tuple[Kind, str], dict[str, LazyTensor]] = defaultdict(dict)
     stacks: dict[str, int] = defaultdict(int)
     lists = _lists_of_experts([name.removeprefix(block) for name in tensors], choices)
+    stacked = set()
     for name, tensor in tensors.items():
-        if _is_stacked(name, tensor, hidden):
-            stacks[_parent(name.removeprefix(block))] += 1
+        path = _parent(name.removeprefix(block))
+        if _is_stacked(name, tensor, sizes.at(path)):
+            stacked.add(name)
+            stacks[path] += 1
     for name, tensor in tensors.items():
         inner = name.removeprefix(block)
         if _ATTENTION.search(inner):
             continue
         path = _parent(inner)
-        if stacks.get(path, 0) < 2 or not (_is_stacked(name, tensor, hidden) or "bias" in inner):
+        if stacks.get(path, 0) < 2 or not (name in stacked or "bias" in inner):
             match = _NUMBERED.match(inner) or _SHARED.match(inner) or _FLAT.match(inner)
             if match is None:
                 match = _MEMBER.match(inner)
                 if match is None or match.group(1) not in lists:
                     continue
             path = match.group(0)
-        kind: Kind = "shared" if "shared" in path else "routed"
+        kind: Kind = "shared" if re.search(r"share_|shared", path) else "routed"
         groups[kind, path][name] = tensor
     return groups
 
@@ -124,11 +138,11 @@ def _lists_of_experts(names: Iterable[str], choices: Container[int]) -> set[str]
     }
 
 
-def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
+def _is_stacked(name: str, tensor: LazyTensor, sizes: set[int]) -> bool:
     """Whether it is a matrix for each expert: one of a single row is a vector, as RWKV has them."""
     sides = tensor.shape[1:]
     no_expert = _ATTENTION.search(name) or _CONVOLUTION.search(name)
-    return len(sides) == 2 and hidden in sides and 1 not in sides and not no_expert
+    return len(sides) == 2 and not sizes.isdisjoint(sides) and 1 not in sides and not no_expert
 
 
 def _parent(inner: str) -> str:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role
@@ -65,7 +66,7 @@ def what_is_not_told(
     mlp: MLP,
     tensors: Mapping[str, LazyTensor],
     layouts: Collection[bool],
-    config: Mapping[str, object],
+    config: Mapping[str, Any],
 ) -> str | None:
     """Why an MLP may be another than it looks, if so. `tensors` are those of its block that don't
     mix tokens, `layouts` is what is told of its stack. A model type settles what only running the
@@ -91,9 +92,7 @@ def what_is_not_told(
     return None
 
 
-def _chooses(
-    mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, object]
-) -> str | None:
+def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> str | None:
     """A matrix that gives a few numbers for each token, by which its width can be divided, in the
     module of the MLP or named like a router. It is none where a matrix beside it leads those
     numbers back to the hidden size, nor outside that module where a config of a known type says
@@ -132,7 +131,7 @@ def _module(weight: str) -> str:
     return weight.removesuffix(".weight").rpartition(".")[0] + "."
 
 
-def _expert_counts(config: Mapping[str, object]) -> set[int]:
+def _expert_counts(config: Mapping[str, Any]) -> set[int]:
     """Whole numbers under keys that speak of experts, those of parts included."""
     counts = set()
     for key, value in config.items():

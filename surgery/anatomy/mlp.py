@@ -82,6 +82,9 @@ class MLP:
     kind: Kind = "dense"
     evenly: str | None = None
     """Why all neurons have to be copied equally often, if they have to."""
+    idle: tuple[Projection, ...] = ()
+    """Matrices into hidden activations that nothing is made of, which are as wide: those of
+    LongCat's experts that return their input."""
 
     @property
     def gated(self) -> bool:
@@ -94,7 +97,7 @@ class MLP:
 
     def axes(self) -> Iterator[tuple[str, Projection, int]]:
         """Every tensor that widens, its projection, and the axis along which its neurons lie."""
-        for up in self.ups:
+        for up in (*self.ups, *self.idle):
             yield up.weight, up, up.axis(down=False)
             if up.bias is not None:
                 yield up.bias, up, up.axis(down=False, bias=True)
