@@ -27,6 +27,8 @@ WIDTHS_KEY = "mlp_widths"
 """Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
 WIDTH_KEYS_KEY = "mlp_width_keys"
 """The same by the config's own keys: what they are in each block, by the path of the blocks."""
+MODULE_WIDTHS_KEY = "mlp_module_widths"
+"""The same by module: the inputs and outputs of each projection."""
 
 NOTHING = Corrections()
 

@@ -29,6 +29,8 @@ class Inner:
     def of(self, path: str, group: Mapping[str, LazyTensor]) -> tuple[int, frozenset[str]]:
         """What the matrices of an expert do work on, the hidden size if they may, and the names of
         the matrices that lead there and back, if any do."""
+        if not self.ways:
+            return self.hidden, frozenset()
         sides = [tensor.shape[-2:] for tensor in group.values() if len(tensor.shape) > 1]
         for size in (self.hidden, *sorted(self.at(path) - {self.hidden})):
             if all(size in pair for pair in sides):
