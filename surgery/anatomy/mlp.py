@@ -197,10 +197,12 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
     known = set(mlp.tensors) | {mlp.down.bias}
     block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
     own = module_of(block, mlp.tensors)
+    fused = mlp.ups[0].parts * mlp.width  # what is added to gate and up together, as in Zamba2
+    sizes = {mlp.width, fused} if own and fused != mlp.hidden else {mlp.width}
     return [
         name
         for name, tensor in tensors.items()
-        if name not in known and mlp.width in tensor.shape and name.startswith(own)
+        if name not in known and not sizes.isdisjoint(tensor.shape) and name.startswith(own)
         if tensor.dtype.kind != "integer"  # an index, which counts something else
         if mlp.width != mlp.hidden or (own and len(tensor.shape) == 1)
     ]
