@@ -114,6 +114,7 @@ def _blocks(
                         "fused": mlp.ups[0].parts == 2,
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
+                        "evenly": mlp.evenly,
                     },
                     "mlps": len(mlps),
                     "experts": [
@@ -212,7 +213,7 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
             " + ".join(block["mixing"]) or "none",
             f"{mlp['width']:,}" if mlp else "",
             known or ("not recognised" if block["no_growth"] else "no MLP"),
-            "no" if block["no_growth"] else "yes" if known else "",
+            _grows(block) if known or block["no_growth"] else "",
         )
         alike.setdefault(key, []).append(block["block"])
     made = table(
@@ -224,6 +225,12 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
     for (stack, parameters, *rest), numbers in alike.items():
         made.add_row(stack, block_ranges(numbers), count(parameters), *rest)
     return made
+
+
+def _grows(block: dict[str, Any]) -> str:
+    if block["no_growth"]:
+        return "no"
+    return "by whole factors" if (block["mlp"] or {}).get("evenly") else "yes"
 
 
 def _refusals(blocks: list[dict[str, Any]]) -> list[str]:

@@ -42,6 +42,17 @@ class Growth:
         there are; (0, 0) for padding. int64, shared as `sources` is."""
         return copy_numbers(self.mlp.width, self.copied, self.padding)
 
+    @property
+    def uneven(self) -> str | None:
+        """Why this growth changes the function all the same, if it does: the MLP needs each neuron
+        as often as every other."""
+        if self.mlp.evenly is None or len(set(self.shares()[1].tolist())) == 1:
+            return None
+        return (
+            f"{self.mlp.stack}.{self.mlp.block} can't be grown from {self.mlp.width:,} to "
+            f"{self.width:,} neurons: {self.mlp.evenly}, and each has to be there as often"
+        )
+
     def runs(self, projection: Projection) -> tuple[tuple[int | None, int, int], ...]:
         """What lies along the axis of a projection, all experts below each other: runs of the
         old indices as (0, start, stop), and of padding as (None, 0, how many)."""

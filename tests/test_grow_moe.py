@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections import Counter
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +21,17 @@ from families import CAUSAL, SAME, apart, config_of, load, quiet, tokens, varian
 from hypothesis import given
 from hypothesis import strategies as st
 from mixtures import EVERY_MIXTURE, MIXTURES, build_mixture, save_mixture
+from zoo.build import build
+from zoo.examine import outputs as outputs_of
+from zoo.kinds import kinds_of
+from zoo.quirks import QUIRKS
 
 from surgery import (
     ArgumentError,
     UnsupportedError,
+    certify,
     expand,
+    find_growths,
     grow,
     open_checkpoint,
     verify,
@@ -34,6 +42,7 @@ from surgery.anatomy.experts import INTERLEAVED
 from surgery.growth import Growth
 from surgery.measure import neuron_norms
 from surgery.verification.discover import discover_growths
+from surgery.verification.inputs import make_inputs
 
 
 def outputs(folder: Path, *, trust: bool = False) -> torch.Tensor:
@@ -407,6 +416,58 @@ def test_experts_that_aren_t_understood_are_refused(tmp_path: Path):
         f"block_sparse_moe.experts.2: can't tell which of {key.format('w1')}, {key.format('w3')} "
         "is the down projection"
     )
+
+
+ZOO: dict[str, dict[str, Any]] = {
+    "switch_transformers": {},
+    "nllb-moe": {},
+    "step3p7": {},
+    "muse_spark_text": {"moe_hidden_size": 16},
+    "nemotron_h": {"moe_latent_size": 16},
+    "longcat_flash": {},
+}
+"""Families whose experts are called or made otherwise, with keys that make them so."""
+
+
+@pytest.mark.parametrize("model_type", ZOO)
+@pytest.mark.parametrize("factor", [2, 1.5])
+def test_experts_of_other_kinds_grow(
+    model_type: str, factor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """All that are named after experts, and nothing else of a mixture."""
+    keys = QUIRKS.get(model_type, {}) | ZOO[model_type]
+    monkeypatch.setitem(QUIRKS, model_type, keys)
+    tiny = build(kinds_of(model_type)[0], tmp_path / "model")
+    base = open_checkpoint(str(tiny.folder))
+    assert base.anatomy.no_growth == {}
+    grown = grow(base, factor=factor)
+    assert certify(base, grown, find_growths(base, grown)).holds
+    inputs = {"input_ids": tokens()} if tiny.runs else make_inputs(base).values
+    made = [outputs_of(model, inputs) for model in (base, grown)] if model_type != "step3p7" else []
+    assert not made or apart(*made) < SAME
+    shared = ("pre_expert", "post_expert", "router", "gate.weight")
+    for name in base:
+        inside = re.search(r"experts?\W|experts?_\d|moe\.", name) and base[name].numel > 32
+        if inside and not any(word in name for word in shared):
+            assert (grown[name].shape != base[name].shape) == ("bias" not in name or "fc1" in name)
+        elif "latent" in name or "_expert_" in name:
+            assert grown[name] is base[name]
+
+
+def test_idle_experts_widen_with_the_others(tmp_path: Path):
+    """LongCat's have no last matrix; as many as the config says, or a part is missing."""
+    tiny = build(kinds_of("longcat_flash")[0], tmp_path / "model")
+    base = open_checkpoint(str(tiny.folder))
+    (mixture, *_), blocks = base.anatomy.experts["model.layers", 0], range(3)
+    assert {up.weight for up in mixture.idle} == {
+        f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight"
+        for expert in range(4, 8)
+        for name in ("gate", "up")
+    }
+    missing = replace(base, config={**base.config, "zero_expert_num": 3})
+    assert [missing.anatomy.no_growth["model.layers", block][:52] for block in blocks] == [
+        "its experts aren't understood: mlp.experts.4: can't "
+    ] * 3
 
 
 def test_a_norm_inside_an_expert_is_refused(tmp_path: Path):

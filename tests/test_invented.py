@@ -59,7 +59,7 @@ def gated_in_out(x: torch.Tensor, t: Tensors) -> torch.Tensor:
 
 
 def gated(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-    gate, up, down = (t[f"ff.{name}_proj.weight"] for name in ("gate", "up", "down"))
+    gate, up, down = (t[name] for name in GATED)
     return (silu(x @ gate.T) * (x @ up.T)) @ down.T
 
 
@@ -83,7 +83,16 @@ def numbered(x: torch.Tensor, t: Tensors) -> torch.Tensor:
 
 
 def flat(x: torch.Tensor, t: Tensors) -> torch.Tensor:
-    weights = torch.softmax(x @ t["moe.selector.weight"].T, 1)
+    return side_by_side(x, x @ t["moe.selector.weight"].T, t)
+
+
+def flat_in_two_steps(x: torch.Tensor, t: Tensors) -> torch.Tensor:
+    steps = (t[f"moe.chooser.{n}.weight"] for n in (0, 2))
+    return side_by_side(x, silu(x @ next(steps).T) @ next(steps).T, t)
+
+
+def side_by_side(x: torch.Tensor, scores: torch.Tensor, t: Tensors) -> torch.Tensor:
+    weights = torch.softmax(scores, 1)
     first, second = t["moe.w_in.weight"].chunk(EXPERTS), t["moe.w_out.weight"].chunk(EXPERTS, 1)
     each = [silu(x @ a.T) @ b.T for a, b in zip(first, second, strict=True)]
     return sum(weights[:, e, None] * made for e, made in enumerate(each))  # type: ignore[return-value]
@@ -111,6 +120,12 @@ GEGLU: Shapes = {
     "ff.net.2.bias": (H,),
 }
 FFN: Shapes = {"ffn_in.weight": (WIDTH, H), "ffn_in.bias": (WIDTH,), "ffn_out.weight": (H, WIDTH)}
+
+GATED: Shapes = {
+    "ff.gate_proj.weight": (WIDTH, H),
+    "ff.up_proj.weight": (WIDTH, H),
+    "ff.down_proj.weight": (H, WIDTH),
+}
 
 INVENTED = {
     "names of its own": Invented({**ATTENTION, **FFN}, plain, grown=tuple(FFN)),
@@ -146,14 +161,7 @@ INVENTED = {
         refused="whether gate and up are the halves of ff.proj_1.weight or lie neuron by neuron",
     ),
     "an adapter beside the MLP": Invented(
-        {
-            **ATTENTION,
-            "ff.gate_proj.weight": (WIDTH, H),
-            "ff.up_proj.weight": (WIDTH, H),
-            "ff.down_proj.weight": (H, WIDTH),
-            "side_gate.weight": (KEYS, H),
-            "side_back.weight": (H, KEYS),
-        },
+        {**ATTENTION, **GATED, "side_gate.weight": (KEYS, H), "side_back.weight": (H, KEYS)},
         gated,
         refused="side_gate.weight may choose between experts that lie in ff.down_proj.weight",
     ),
@@ -166,6 +174,18 @@ INVENTED = {
         },
         flat,
         refused="moe.selector.weight may choose between experts that lie in moe.w_out.weight",
+    ),
+    "experts side by side, routed in two steps": Invented(
+        {
+            **ATTENTION,
+            "norm.weight": (H,),
+            "moe.chooser.0.weight": (KEYS, H),
+            "moe.chooser.2.weight": (EXPERTS, KEYS),
+            "moe.w_in.weight": (EXPERTS * WIDTH, H),
+            "moe.w_out.weight": (H, EXPERTS * WIDTH),
+        },
+        flat_in_two_steps,
+        refused="moe.chooser.0.weight may choose between experts that lie in moe.w_out.weight",
     ),
 }
 EVERY = sorted(INVENTED)

@@ -121,6 +121,23 @@ def test_one_mlp_isn_t_grown_where_another_isn_t_understood(tmp_path: Path) -> N
         grow(opened(tmp_path / "model", shapes))
 
 
+def test_what_is_added_to_gate_and_up_together_is_a_reason(tmp_path: Path) -> None:
+    """As adapters of Zamba 2 are; a norm before them has the hidden size, and isn't one."""
+    fused: Shapes = {}
+    for block in range(2):
+        at = f"layers.{block}.ff"
+        fused |= {f"{at}.gate_up_proj.weight": (80, 16), f"{at}.down_proj.weight": (16, 40)}
+        fused |= {f"{at}.norm.weight": (16,), f"layers.{block}.norm.weight": (16,)}
+    config = {"model_type": "invented", "hidden_size": 16}
+    assert opened(tmp_path / "plain", fused, config).anatomy.no_growth == {}
+    added = {f"layers.{block}.ff.adapters.1.weight": (80, 4) for block in range(2)}
+    anatomy = opened(tmp_path / "model", fused | added, config).anatomy
+    assert anatomy.no_growth == {
+        ("layers", block): f"{name} follows the MLP's width of 40"
+        for block, name in enumerate(added)
+    }
+
+
 def test_a_matrix_in_the_middle_of_an_mlp_is_a_reason(tmp_path: Path) -> None:
     shapes: Shapes = {}
     for block in range(2):

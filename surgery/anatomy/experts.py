@@ -14,6 +14,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
+from surgery.anatomy.idle import idle_projections
+from surgery.anatomy.inner import Inner, find_inner
 from surgery.anatomy.mlp import (
     DOWN,
     INTERLEAVED_NAME,
@@ -30,9 +32,10 @@ INTERLEAVED = frozenset({"gpt_oss"})
 
 _ATTENTION = re.compile(r"(^|[._])[^\W_]*(attn|attention)\.")  # JetMoE: attention of experts
 _CONVOLUTION = re.compile(r"(^|[._])[^\W_]*convs?\d*([._]|$)")  # (out, in, length), and no experts
-_NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?\.\d+(?=\.)")
+_NUMBERED = re.compile(r"(?:^|.*\.)\w*experts?[._]\d+(?=\.)")
 _MEMBER = re.compile(r"((?:.*?\.)?[A-Za-z_]\w*)\.(\d+)(?=\.)")
-_SHARED = re.compile(r"(?:^|.*\.)\w*shared_(?:experts?|mlp)(?=\.)")
+_SHARED = re.compile(r"(?:^|.*\.)\w*shared?_(?:experts?|mlp)(?=\.)")
+_SHARED_NAME = re.compile(r"share_|shared")
 _FLAT = re.compile(r"(?:^|.*\.)experts\.mlp(?=\.(w1|v1|w2)$)")  # DBRX
 _GATE = re.compile(r"(^|[._])[^\W_]*gate(\.weight)?$")
 _EXPERT_COUNTS = ("moe_num_experts", "num_local_experts", "num_experts", "n_routed_experts")
@@ -60,60 +63,72 @@ def find_experts(
     """The experts among the tensors of one block. `config` is that of the language model,
     `choices` are the numbers of things between which a matrix of the block may choose, `in_out`
     says how its stack stores matrices."""
-    found = Experts()
-    prefix = f"{stack}.{block}."
+    found, prefix = Experts(), f"{stack}.{block}."
+    interleaved = str(config.get("model_type")) in INTERLEAVED
+    inner = find_inner(prefix, tensors, hidden)
+    groups = _groups(prefix, tensors, inner, choices)
+    routed = {path: group for (kind, path), group in groups.items() if kind == "routed"}
+    idle: dict[str, tuple[Projection, ...]] | None = None
+    refused: dict[str, str] = {}
     alike: dict[object, tuple[str, MLP]] = {}
-    for (kind, path), group in _groups(prefix, tensors, hidden, choices).items():
-        found.tensors |= group.keys()
-        form = _form(kind, prefix + path, group)
+    for (kind, path), group in groups.items():
+        size, ways = inner.of(path, group)
+        found.tensors |= group.keys() | ways
+        form = _form(kind, size, prefix + path, group)
         if form in alike:
             module, first = alike[form]
             found.mlps.append(first.moved(module, prefix + path))
             continue
         mlp: MLP | str | None
         if any(len(tensor.shape) == 3 for tensor in group.values()):
-            mlp = _stacked(
-                stack, block, group, hidden, str(config.get("model_type")) in INTERLEAVED
-            )
+            mlp = _stacked(stack, block, group, size, interleaved)
         elif any(_FLAT.match(name) for name in group):
-            mlp = _flat(stack, block, group, hidden, _count(config))
+            mlp = _flat(stack, block, group, size, _count(config))
         else:
-            mlp = find_mlp(stack, block, group, hidden, set(), in_out)
+            mlp = find_mlp(stack, block, group, size, set(), in_out)
         if mlp is None:
             mlp = "it has no matrix of the hidden size"
         elif not isinstance(mlp, str) and (others := follows_width(mlp, group)):
             mlp = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
         if isinstance(mlp, str):
-            found.problems.append(f"{path}: {mlp}")
-        else:
-            found.mlps.append(replace(mlp, kind=kind))
-            alike[form] = prefix + path, found.mlps[-1]
+            refused[path] = mlp
+            continue
+        mlp = replace(mlp, kind=kind)
+        alike[form] = prefix + path, mlp
+        if idle is None and kind == "routed":
+            idle = idle_projections(mlp.ups, prefix, path, routed, config)
+            mlp = replace(mlp, idle=tuple(up for ups in idle.values() for up in ups))
+        found.mlps.append(mlp)
+    found.problems = [f"{path}: {why}" for path, why in refused.items() if path not in (idle or ())]
     return found
 
 
-def _form(kind: Kind, module: str, group: Mapping[str, LazyTensor]) -> object:
+def _form(kind: Kind, hidden: int, module: str, group: Mapping[str, LazyTensor]) -> object:
     """What the experts of a block that differ in nothing but their number have in common."""
     inside = [(name.removeprefix(module), t.shape, t.dtype.kind) for name, t in group.items()]
     above, _, number = module.rpartition(".")
-    return kind, above if number.isdigit() else module, tuple(inside)
+    return kind, hidden, above if number.isdigit() else module, tuple(inside)
 
 
 def _groups(
-    block: str, tensors: Mapping[str, LazyTensor], hidden: int, choices: Container[int]
+    block: str, tensors: Mapping[str, LazyTensor], sizes: Inner, choices: Container[int]
 ) -> dict[tuple[Kind, str], dict[str, LazyTensor]]:
     """The tensors of each expert, or stack of experts, by its kind and the path of its module."""
     groups: dict[tuple[Kind, str], dict[str, LazyTensor]] = defaultdict(dict)
     stacks: dict[str, int] = defaultdict(int)
     lists = _lists_of_experts([name.removeprefix(block) for name in tensors], choices)
+    stacked = set()
     for name, tensor in tensors.items():
-        if _is_stacked(name, tensor, hidden):
-            stacks[_parent(name.removeprefix(block))] += 1
+        path = _parent(name.removeprefix(block))
+        if _is_stacked(name, tensor, sizes.at(path)):
+            stacked.add(name)
+            stacks[path] += 1
     for name, tensor in tensors.items():
         inner = name.removeprefix(block)
         path = _parent(inner)
         if _in_attention(inner):
             continue
-        if stacks.get(path, 0) < 2 or not (_is_stacked(name, tensor, hidden) or "bias" in inner):
+        if stacks.get(path, 0) < 2 or not (name in stacked or "bias" in inner):
             member = _member(inner)
             if found := _named_expert(inner):
                 path = found
@@ -121,7 +136,7 @@ def _groups(
                 path = f"{member[0]}.{member[1]}"
             else:
                 continue
-        kind: Kind = "shared" if "shared" in path else "routed"
+        kind: Kind = "shared" if _SHARED_NAME.search(path) else "routed"
         groups[kind, path][name] = tensor
     return groups
 
@@ -141,10 +156,10 @@ def _lists_of_experts(names: Iterable[str], choices: Container[int]) -> set[str]
     }
 
 
-def _is_stacked(name: str, tensor: LazyTensor, hidden: int) -> bool:
+def _is_stacked(name: str, tensor: LazyTensor, sizes: set[int]) -> bool:
     """Whether it is a matrix for each expert: one of a single row is a vector, as RWKV has them."""
     sides = tensor.shape[1:]
-    if len(sides) != 2 or hidden not in sides or 1 in sides:
+    if len(sides) != 2 or sizes.isdisjoint(sides) or 1 in sides:
         return False
     return not (_ATTENTION.search(name) or _CONVOLUTION.search(name))
 

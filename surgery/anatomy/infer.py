@@ -16,6 +16,7 @@ from surgery.anatomy.layout import told_layouts, what_is_not_told
 from surgery.anatomy.letters import place_attention
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, find_places
+from surgery.anatomy.sparsity import need_even_copies
 from surgery.tensor import LazyTensor
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -26,6 +27,8 @@ WIDTHS_KEY = "mlp_widths"
 """Our own: the width of every layer's MLP, where layers differ (see writing a grown model)."""
 WIDTH_KEYS_KEY = "mlp_width_keys"
 """The same by the config's own keys: what they are in each block, by the path of the blocks."""
+MODULE_WIDTHS_KEY = "mlp_module_widths"
+"""The same by module: the inputs and outputs of each projection."""
 
 NOTHING = Corrections()
 
@@ -108,6 +111,7 @@ def infer(
     found = find_dense(tensors, places, sizes, _all_widths(config), experts, layouts, config)
     mlps, no_growth = found.mlps, found.no_growth
     corrections.put_mlps(tensors, places, mlps, no_growth)
+    need_even_copies(mlps, stacks, part)
     several = {key: these for key, these in found.several.items() if key not in mlps}
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
@@ -152,9 +156,9 @@ def first(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
 
 
 def _widths(config: Mapping[str, Any]) -> set[int]:
-    per_layer = config.get(WIDTHS_KEY)
-    values = [value for key, value in config.items() if key.rpartition(".")[2] in WIDTH_KEYS]
-    values += per_layer if isinstance(per_layer, list) else []
+    keys = (*WIDTH_KEYS, WIDTHS_KEY)
+    given = [value for key, value in config.items() if key.rpartition(".")[2] in keys]
+    values = [v for value in given for v in (value if isinstance(value, list) else [value])]
     return {value for value in values if type(value) is int}
 
 
@@ -221,8 +225,11 @@ def _place_routers(
         if not routed:
             continue
         shape = routed[0].down.experts or len(routed), routed[0].hidden
-        for name in blocks[key]:
-            if places[name].role is Role.UNKNOWN and tensors[name].shape == shape:
+        fitting = [name for name in blocks[key] if tensors[name].shape == shape]
+        if any(places[name].role is Role.ROUTER for name in fitting):
+            continue  # another of that shape is an adapter beside it
+        for name in fitting:
+            if places[name].role is Role.UNKNOWN:
                 places[name] = replace(places[name], role=Role.ROUTER)
 
 

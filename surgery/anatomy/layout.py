@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from functools import lru_cache
+from typing import Any
 
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role
@@ -74,7 +75,7 @@ def what_is_not_told(
     mlp: MLP,
     tensors: Mapping[str, LazyTensor],
     layouts: Collection[bool],
-    config: Mapping[str, object],
+    config: Mapping[str, Any],
 ) -> str | None:
     """Why an MLP may be another than it looks, if so. `tensors` are those of its block that don't
     mix tokens, `layouts` is what is told of its stack. A model type settles what only running the
@@ -82,7 +83,7 @@ def what_is_not_told(
     block = f"{mlp.stack}.{mlp.block}."
     up, down = mlp.ups[0], mlp.down.weight.removeprefix(block)
     first = up.weight.removeprefix(block)
-    if other := _chooses(mlp, tensors, known="model_type" in config):
+    if other := _chooses(mlp, tensors, config):
         return (
             f"{other.removeprefix(block)} may choose between experts that lie in {down} side by "
             f"side; if not, {SAY}"
@@ -100,20 +101,24 @@ def what_is_not_told(
     return None
 
 
-def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], *, known: bool) -> str | None:
+def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, Any]) -> str | None:
     """A matrix that gives a few numbers for each token, by which its width can be divided, in the
-    module of the MLP or named like a router. It is none where a matrix beside it leads those
-    numbers back to the hidden size, in a model whose config says which widths are meant."""
+    module of the MLP or named like a router. In a model whose config says which widths are meant
+    it is none where a matrix beside it leads those numbers back to the hidden size, nor outside
+    that module where the config says nothing of so many experts: other things are routed too."""
+    known, counts = "model_type" in config, _expert_counts(config)
     module = _module(mlp.down.weight)
     own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
     for name, tensor in tensors.items():
         if name in mlp.tensors or len(tensor.shape) != 2 or mlp.hidden not in tensor.shape:
             continue
         few = min(tensor.shape)
-        near = (own and name.startswith(module)) or _CHOICE.search(name)
-        if 1 < few < mlp.hidden and mlp.width % few == 0 and near:
-            if known and _leads_back(name, mlp, tensors):
-                continue
+        if not 1 < few < mlp.hidden or mlp.width % few:
+            continue
+        inside = own and name.startswith(module)
+        if known and (_leads_back(name, mlp, tensors) or not (inside or few in counts or not own)):
+            continue
+        if inside or _CHOICE.search(name):
             return name
     return None
 
@@ -135,3 +140,14 @@ def _leads_back(name: str, mlp: MLP, tensors: Mapping[str, LazyTensor]) -> bool:
 def _module(weight: str) -> str:
     """The module that a matrix is in, with a dot behind it."""
     return weight.removesuffix(".weight").rpartition(".")[0] + "."
+
+
+def _expert_counts(config: Mapping[str, Any]) -> set[int]:
+    """Whole numbers under keys that speak of experts, those of parts included."""
+    counts = set()
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            counts |= _expert_counts(value)
+        elif type(value) is int and re.search(r"expert|moe", str(key)):
+            counts.add(value)
+    return counts

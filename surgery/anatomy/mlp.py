@@ -7,6 +7,7 @@ width back to the hidden size, whatever it is called.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
@@ -79,6 +80,11 @@ class MLP:
     width: int
     hidden: int
     kind: Kind = "dense"
+    evenly: str | None = None
+    """Why all neurons have to be copied equally often, if they have to."""
+    idle: tuple[Projection, ...] = ()
+    """Matrices into hidden activations that nothing is made of, which are as wide: those of
+    LongCat's experts that return their input."""
 
     @property
     def gated(self) -> bool:
@@ -104,7 +110,7 @@ class MLP:
 
     def axes(self) -> Iterator[tuple[str, Projection, int]]:
         """Every tensor that widens, its projection, and the axis along which its neurons lie."""
-        for up in self.ups:
+        for up in (*self.ups, *self.idle):
             yield up.weight, up, up.axis(down=False)
             if up.bias is not None:
                 yield up.bias, up, up.axis(down=False, bias=True)
@@ -155,7 +161,7 @@ def find_mlp(
             ups[name] = rows
     candidates = [name for name, width in downs.items() if width in widths] or list(downs)
     named = [name for name in candidates if DOWN.search(name.rpartition(".")[0])]
-    if len(named) == 1 and sum(map(named[0].startswith, map(_parent, candidates))) == 1:
+    if len(named) == 1 and _apart(named[0], candidates, downs, ups):
         candidates = named  # the others are in other modules: a Mamba's output of that width
     if len(candidates) != 1:
         return f"can't tell which of {', '.join(sorted(matrices))} is the down projection"
@@ -204,10 +210,12 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
     known = set(mlp.tensors) | {mlp.down.bias}
     block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
     own = module_of(block, mlp.tensors)
+    fused = mlp.ups[0].parts * mlp.width  # what is added to gate and up together, as in Zamba2
+    sizes = {mlp.width, fused} if own and fused != mlp.hidden else {mlp.width}
     return [
         name
         for name, tensor in tensors.items()
-        if name not in known and mlp.width in tensor.shape and name.startswith(own)
+        if name not in known and not sizes.isdisjoint(tensor.shape) and name.startswith(own)
         if tensor.dtype.kind != "integer"  # an index, which counts something else
         if mlp.width != mlp.hidden or (own and len(tensor.shape) == 1)
     ]
@@ -237,6 +245,22 @@ def second_of_two(names: list[str]) -> str | None:
 def _ups_of(down: str, candidates: list[str]) -> list[str]:
     """Those of the candidates that are in the module of the down projection, if any is."""
     return [name for name in candidates if name.startswith(_parent(down))] or candidates
+
+
+def _apart(
+    down: str, candidates: Iterable[str], downs: Mapping[str, int], ups: Mapping[str, int]
+) -> bool:
+    """Whether the other candidates for a down projection are in other modules: neither in its own
+    nor around it. Around one that holds what leads to it too there may be an adapter: two matrices
+    of a size of their own, there and back."""
+    own = _parent(down)
+    held = any(name.startswith(own) for name in ups)
+    sizes = Counter((*downs.values(), *ups.values()))
+    around = [name for name in candidates if name != down and down.startswith(_parent(name))]
+    return all(
+        held and _parent(name) != own and sizes[downs[name]] == 2 and downs[name] in ups.values()
+        for name in around
+    )
 
 
 def _parent(weight: str) -> str:

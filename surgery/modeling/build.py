@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from surgery.anatomy.infer import WIDTH_KEYS_KEY, WIDTHS_KEY
+from surgery.anatomy.infer import MODULE_WIDTHS_KEY, WIDTH_KEYS_KEY, WIDTHS_KEY
 from surgery.checkpoint import Checkpoint
 from surgery.errors import SurgeryError, UnsupportedError
 from surgery.modeling.block_keys import classes_by_keys
 from surgery.modeling.limits import counted
+from surgery.modeling.module_widths import classes_by_modules
 from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import build_config, model_class
 from surgery.modeling.widths import MODELING_FILE, load_classes, modeling_file
@@ -137,6 +138,8 @@ def class_to_build(checkpoint: Checkpoint) -> Any:
     cls = model_class(checkpoint.config)
     if WIDTH_KEYS_KEY in checkpoint.config:
         return getattr(classes_by_keys(checkpoint.config), cls.__name__)
+    if MODULE_WIDTHS_KEY in checkpoint.config:
+        return getattr(classes_by_modules(checkpoint.config), cls.__name__)
     if WIDTHS_KEY not in checkpoint.config:
         return cls
     made = checkpoint.companions.get(MODELING_FILE)

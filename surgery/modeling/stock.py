@@ -173,6 +173,11 @@ def block_modules(model: Any, stack: str) -> Any:
 
 def _renamed(model: Any, stack: str) -> str:
     """The stack's name after the renamings that the loader used, or would use."""
+    return renamed(model, f"{stack}.0.").removesuffix(".0.")
+
+
+def renamed(model: Any, name: str) -> str:
+    """The name that a tensor of the files has in the model: after those renamings."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, apply_renamings
 
@@ -180,5 +185,5 @@ def _renamed(model: Any, stack: str) -> str:
     if conversions is None:  # a model without weights
         conversions = get_model_conversion_mapping(model)
     used = [c for c in conversions if isinstance(c, WeightRenaming)]
-    renamed: str = apply_renamings(f"{stack}.0.", used)
-    return renamed.removesuffix(".0.")
+    made: str = apply_renamings(name, used)
+    return made

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.anatomy import Corrections, Role
-from surgery.anatomy.infer import WIDTH_KEYS_KEY, WIDTHS_KEY, text_config
+from surgery.anatomy.infer import MODULE_WIDTHS_KEY, WIDTH_KEYS_KEY, WIDTHS_KEY, text_config
 from surgery.checkpoint import Checkpoint, Edit, joint_history
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
 from surgery.modeling.widths import MODELING_FILE
@@ -76,9 +76,10 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
     names = {id(model): names_by_block(model, stack) for model in models}
     UnsupportedError.raise_if(
         f"{model.source.reference} was grown so that its layers differ by the keys of "
-        f"{WIDTH_KEYS_KEY} in config.json, and those don't follow its blocks yet"
+        f"{key} in config.json, and those don't follow its blocks yet"
         for model in models
-        if WIDTH_KEYS_KEY in model.config
+        for key in (WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY)
+        if key in model.config
     )
     _check_there(blocks, stack)
     MismatchError.raise_if(

@@ -98,6 +98,7 @@ def grow(
     else:
         growths, config, companions = _settled(base, growths, others)
     check_blocks(base, growths, scaled)
+    _check_even(growths)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
         tensors |= grown_tensors(base, growth, symmetry_break, seed, unsplit=scaled)
@@ -120,6 +121,13 @@ def grow(
         {"mlps": [growth.as_json() for growth in growths]},
     )
     return base.edited(edit, tensors, config, companions, notes=left + _notes(base, growths))
+
+
+def _check_even(growths: Sequence[Growth]) -> None:
+    """Raise for the MLPs whose function would change, since not all neurons are copied alike."""
+    uneven = [why for growth in growths if (why := growth.uneven)]
+    advice = "grow by a whole factor, and without --uniform, or choose other --layers"
+    UnsupportedError.raise_if([f"{why}; {advice}" for why in uneven])
 
 
 _Settled = tuple[list[Growth], dict[str, Any], dict[str, Path | bytes]]

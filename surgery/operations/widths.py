@@ -10,6 +10,7 @@ from typing import Any
 
 from surgery.anatomy.infer import (
     HIDDEN_KEYS,
+    MODULE_WIDTHS_KEY,
     WIDTH_KEYS,
     WIDTH_KEYS_KEY,
     WIDTHS_KEY,
@@ -20,6 +21,7 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.growth import Growth
 from surgery.modeling.block_keys import gives, grown_shapes, keys_by_block
+from surgery.modeling.module_widths import widths_by_module
 from surgery.modeling.named_keys import named_keys
 from surgery.modeling.stock import known
 from surgery.modeling.width_keys import (
@@ -45,11 +47,12 @@ def widened_config(
     config = without_auto_map(base.settled_config)
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
-    if WIDTH_KEYS_KEY in config:
-        raise UnsupportedError(
-            f"{base.source.reference} was grown before so that its layers differ by the keys of "
-            f"{WIDTH_KEYS_KEY}, and can't be grown again: grow what that was made of"
-        )
+    for key in (WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY):
+        if key in config:
+            raise UnsupportedError(
+                f"{base.source.reference} was grown before so that its layers differ by the keys "
+                f"of {key}, and can't be grown again: grow what that was made of"
+            )
     try:
         return _by_its_own_keys(base, config, companions, growths)
     except UnsupportedError:
@@ -72,17 +75,22 @@ def _by_modeling_file(
 ) -> tuple[dict[str, Any], bytes] | None:
     """The config and the modeling file for widths that a key sets elsewhere too, or that no key
     sets: 4 x hidden in the code."""
-    if made := keys_by_block(base, config, growths):
-        return made
+    with suppress(UnsupportedError):  # blocks that aren't part of the base model
+        if made := keys_by_block(base, config, growths):
+            return made
     widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
     widths |= {(g.mlp.stack, g.mlp.block): g.width for g in growths if g.mlp.block is not None}
     one = len(widths) == len(base.anatomy.mlps) and len({stack for stack, _ in widths}) == 1
-    if base.anatomy.experts or base.anatomy.several or WIDTHS_KEY in config or not one:
+    if base.anatomy.experts or WIDTHS_KEY in config:
         return None
-    resized, companions = _resized(base, config, {}, widths)
-    source = companions[MODELING_FILE]
-    assert isinstance(source, bytes)
-    return (resized, source) if gives(base, config, resized, source, growths) else None
+    if one and not base.anatomy.several:
+        with suppress(UnsupportedError):
+            resized, companions = _resized(base, config, {}, widths)
+            source = companions[MODELING_FILE]
+            assert isinstance(source, bytes)
+            if gives(base, config, resized, source, growths):
+                return resized, source
+    return widths_by_module(base, config, growths)
 
 
 def _by_its_own_keys(
@@ -132,7 +140,11 @@ def widened_along(
     config = without_auto_map(base.settled_config)
     joined: list[Growth] = []
     left = list(others)
-    while config and left and config.keys().isdisjoint((WIDTHS_KEY, WIDTH_KEYS_KEY)):
+    while (
+        config
+        and left
+        and config.keys().isdisjoint((WIDTHS_KEY, WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY))
+    ):
         try:
             found = _find_keys(base, config, [*growths, *joined], left)
         except NotComparableError:

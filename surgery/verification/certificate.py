@@ -4,6 +4,7 @@ base does.
 Grown: in every widened MLP the rows of up and gate are bitwise those of their sources, and the
 columns of a source neuron's copies sum to its column in exact arithmetic; every other tensor is
 bitwise what it was. So each hidden neuron's copies have its activation and together its effect.
+Where an activation looks at all neurons, there are as many copies of each.
 
 Expanded: every tensor of the base is bitwise what it was, at its new place; in every new block
 the projections that write to the residual stream are zero, and all else is bitwise the source's.
@@ -75,12 +76,13 @@ def certify(
     failures: dict[str, str] = {}
     missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in other]
     missing += [f"{name} isn't in the base" for name in other if name not in base]
+    uneven = [why for growth in relation if (why := growth.uneven)]
     _run(_checks(base, other, relation, failures), failures, threads, progress)
     return Certificate(
         grown_mlps=len(relation),
         tensors_compared=sum(1 for name in base if name in other),
         bytes_compared=sum(tensor.nbytes for tensor in other.values()),
-        failures=(*missing, *(failures[name] for name in base if name in failures)),
+        failures=(*missing, *uneven, *(failures[name] for name in base if name in failures)),
     )
 
 

@@ -63,6 +63,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"head_dim": 16},
     "glm5_next": {"text_config": {"index_topk": 16}},
     "glm5_next_text": {"index_topk": 16},
+    # of 256 experts that return their input and 4 others, tokens find the others too seldom
+    "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
