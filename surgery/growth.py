@@ -42,6 +42,13 @@ class Growth:
         there are; (0, 0) for padding. int64, shared as `sources` is."""
         return copy_numbers(self.mlp.width, self.copied, self.padding)
 
+    @property
+    def even(self) -> bool:
+        """Whether every neuron has as many copies and none is padding, so that a mean over all of
+        them stays what it was."""
+        _, copies = self.shares()
+        return bool((copies == copies[0]).all())
+
     def runs(self, projection: Projection) -> tuple[tuple[int | None, int, int], ...]:
         """What lies along the axis of a projection, all experts below each other: runs of the
         old indices as (0, start, stop), and of padding as (None, 0, how many)."""
@@ -76,9 +83,11 @@ class Growth:
     def as_json(self) -> dict[str, Any]:
         """Plain data for the record. `tensors` has what a trainer needs for its masks."""
         tensors = {}
+        followers = {follower.name for follower in self.mlp.followers}
         for name, projection, axis in self.mlp.axes():
             new = [list(pair) for pair in self.new_ranges(projection)]
             role = "down" if projection is self.mlp.down else "up"
+            role = "follower" if name in followers else role
             tensors[name] = {"role": role, "axis": axis, "new": new}
         return {
             "stack": self.mlp.stack,

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.anatomy.experts import Experts
+from surgery.anatomy.followers import with_followers
 from surgery.anatomy.layout import what_is_not_told
-from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
+from surgery.anatomy.mlp import MLP, find_mlp, stores_in_out
 from surgery.anatomy.places import Place, Role
 from surgery.anatomy.several import another_may_be, find_several, misread
 from surgery.tensor import LazyTensor
@@ -96,9 +97,10 @@ def _look(
     if hidden is not None:
         mlp = find_mlp(*key, plain, hidden, widths, in_out)
     if isinstance(mlp, MLP) and not misread(mlp, inside, places):
+        mlp, problem = with_followers(mlp, plain, inside, places)
         found.mlps[key] = mlp
-        if others := follows_width(mlp, plain):
-            found.no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+        if problem is not None:
+            found.no_growth[key] = problem
         left = {name: tensor for name, tensor in inside.items() if name not in mlp.tensors}
         more = find_several(*key, left, places, hidden, widths, in_out, uneven=True)
         found.beside += [other for other, problem in more if problem is None]

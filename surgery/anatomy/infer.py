@@ -115,8 +115,9 @@ def infer(
     _place_routers(tensors, places, in_blocks, experts)
     in_blocks_too = [mlp for these in several.values() for mlp in these]
     for mlp in (*mlps.values(), *in_blocks_too):
+        norms = {f.name for f in mlp.followers if places[f.name].role is Role.NORM}
         for name in (*mlp.tensors, mlp.down.bias):
-            if name is not None:
+            if name is not None and name not in norms:
                 places[name] = replace(places[name], role=Role.MLP)
     head = _head(tensors, places, embedding)
     tied, notes = _tying(config, embedding, head)

@@ -101,6 +101,11 @@ def _layout(base: Checkpoint, mlps: Sequence[MLP]) -> Layout:
         )
         for mlp in mlps
     }
+    if followers := [follower.name for mlp in mlps for follower in mlp.followers]:
+        raise UnsupportedError(
+            f"{base.source.reference}: {followers[0]} follows the width of its MLP, which the "
+            f"modeling file doesn't resize: grow all layers alike, or pass --uniform"
+        )
     if len(layouts) != 1:
         raise UnsupportedError(
             f"{base.source.reference}: the MLPs of its layers aren't of one kind, so layers of "

@@ -4,6 +4,8 @@ base does.
 Grown: in every widened MLP the rows of up and gate are bitwise those of their sources, and the
 columns of a source neuron's copies sum to its column in exact arithmetic; every other tensor is
 bitwise what it was. So each hidden neuron's copies have its activation and together its effect.
+What else goes by neuron (a depthwise convolution, a norm over them all) is copied bitwise too, and
+beside a norm each neuron has as many copies, so that means over all of them are what they were.
 
 Expanded: every tensor of the base is bitwise what it was, at its new place; in every new block
 the projections that write to the residual stream are zero, and all else is bitwise the source's.
@@ -17,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 
 from surgery.anatomy import Projection
@@ -154,11 +157,19 @@ def _checks(
     growths: Sequence[Growth],
     failures: dict[str, str],
 ) -> list[Check]:
-    """All comparisons; a tensor whose shape or type is wrong goes into `failures` instead."""
+    """All comparisons; a tensor whose shape or type is wrong goes into `failures` instead, and a
+    norm whose neurons have unequal numbers of copies."""
     of_tensor: dict[str, tuple[Growth, Projection, int]] = {}
     for growth in growths:
         for name, projection, axis in growth.mlp.axes():
             of_tensor[name] = growth, projection, axis
+    failures |= {
+        follower.name: f"{follower.name}: it may be a norm over all neurons, and these aren't all "
+        f"copied as often"
+        for growth in growths
+        for follower in growth.mlp.followers
+        if follower.even and not growth.even
+    }
     checks: list[Check] = []
     for name, tensor in base.items():
         if name not in grown:
@@ -194,6 +205,9 @@ def _grown_checks(
 
     columns = axis > 0 and axis == len(base.shape) - 1
     sources = projection.indices(growth.sources(), growth.mlp.width, below=not columns)
+    if not columns and (each := prod(base.shape[axis + 1 : -1])) != 1:  # rows of a kernel
+        rows_of = each * sources[:, None] + numpy.arange(each)
+        sources = numpy.where(sources[:, None] >= 0, rows_of, -1).reshape(-1)
     if projection is growth.mlp.down:
         if not columns:
             for rows in base.blocks(BLOCK_ELEMENTS):

@@ -1,0 +1,31 @@
+"""Where a norm goes over the neurons of an MLP, each has to be copied as often as the others: the
+norm divides by a mean over all, which anything else would change."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from surgery.errors import UnsupportedError
+from surgery.growth import Growth
+
+
+def check_even(growths: Sequence[Growth]) -> None:
+    """Raise UnsupportedError for growths that copy some neurons more often, or add zeros, where a
+    norm goes over them."""
+    UnsupportedError.raise_if(
+        f"{growth.mlp.stack}.{growth.mlp.block} can't be {_done(growth)}: {_names(growth)} may be of "
+        f"a norm over all its neurons, which keeps its mean only if each is copied as often: a whole "
+        f"factor works, here a width of {2 * growth.mlp.width:,} or {3 * growth.mlp.width:,}"
+        for growth in growths
+        if growth.mlp.even and not growth.even
+    )
+
+
+def _done(growth: Growth) -> str:
+    if growth.padding:
+        return f"padded with zero neurons to a width of {growth.width:,}"
+    return f"grown from {growth.mlp.width:,} to {growth.width:,}"
+
+
+def _names(growth: Growth) -> str:
+    return ", ".join(follower.name for follower in growth.mlp.followers if follower.even)
