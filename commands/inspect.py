@@ -114,6 +114,10 @@ def _blocks(
                         "fused": mlp.ups[0].parts == 2,
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
+                        "followers": [
+                            {"tensor": each.name, "axis": each.axis, "even": each.even}
+                            for each in mlp.followers
+                        ],
                     },
                     "mlps": len(mlps),
                     "experts": [
@@ -212,7 +216,7 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
             " + ".join(block["mixing"]) or "none",
             f"{mlp['width']:,}" if mlp else "",
             known or ("not recognised" if block["no_growth"] else "no MLP"),
-            "no" if block["no_growth"] else "yes" if known else "",
+            "no" if block["no_growth"] else _how(mlp) if known else "",
         )
         alike.setdefault(key, []).append(block["block"])
     made = table(
@@ -236,6 +240,12 @@ def _refusals(blocks: list[dict[str, Any]]) -> list[str]:
     return [
         f"{stack} {block_ranges(numbers)}: {reason}" for (stack, reason), numbers in alike.items()
     ]
+
+
+def _how(mlp: Mapping[str, Any]) -> str:
+    """By what the MLP of a block can be widened."""
+    even = any(follower["even"] for follower in mlp.get("followers", ()))
+    return "by whole factors" if even else "yes"
 
 
 def _experts(experts: list[dict[str, Any]]) -> str:

@@ -3,6 +3,7 @@ convolutions. Copied along they keep the function; a norm allows whole factors o
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import cache
@@ -15,10 +16,13 @@ import transformers
 from families import ROOT, SAME, apart, config_of, load, made, quiet, spread, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from surgery.commands.main import app
 from transformers.models.kosmos2 import modeling_kosmos2
+from typer.testing import CliRunner
 
 from surgery import (
     Checkpoint,
+    RecipeError,
     UnsupportedError,
     certify,
     expand,
@@ -28,9 +32,12 @@ from surgery import (
     verify,
     write,
 )
+from surgery.anatomy import Corrections, MLPCorrection
+from surgery.anatomy.stored import as_data, from_data
 from surgery.growth import Growth
 from surgery.modeling.build import build_model
 from surgery.operations.neurons import grown_tensors
+from surgery.recipe import anatomy_yaml, correct_anatomy
 from surgery.values import held
 from surgery.verification.logits import _permuted
 
@@ -81,7 +88,7 @@ NORMS = {
     "bitnet": ["mlp.ffn_sub_norm.weight"],
     "kosmos": ["ffn.ffn_layernorm.bias", "ffn.ffn_layernorm.weight"],
 }
-EXACT = {name: torch.float64 for name in MODELS} | {"kosmos": torch.float32}  # its masks can't
+EXACT = dict.fromkeys(MODELS, torch.float64) | {"kosmos": torch.float32}  # its masks can't
 KERNELS = {"segformer": "mlp.dwconv.dwconv", "pvt": "mlp.dwconv.dwconv"}
 
 
@@ -488,3 +495,92 @@ def test_the_copies_of_a_growth_are_counted(tmp_path: Path) -> None:
     ):
         wide = 24 + sum(stop - start for start, stop in copied) + padding
         assert Growth(mlp, wide, copied, padding).even is even
+
+
+# What a user says
+
+
+def bare(folder: Path) -> Checkpoint:
+    """Two blocks without a module for the MLP, so that nothing tells what a vector is of."""
+    torch.manual_seed(0)
+    shapes: Shapes = {}
+    for block in range(2):
+        inside = {
+            "norm.weight": (HIDDEN,),
+            "fc1.weight": (WIDTH, HIDDEN),
+            "fc1.bias": (WIDTH,),
+            "mid.weight": (1, WIDTH),
+            "fc2.weight": (HIDDEN, WIDTH),
+        }
+        shapes |= {f"layers.{block}.{name}": shape for name, shape in inside.items()}
+    return open_checkpoint(made(folder, {n: torch.randn(shape) for n, shape in shapes.items()}))
+
+
+def corrected(base: Checkpoint, folder: Path, told: str) -> Checkpoint:
+    text = f"mlps:\n  - {{stack: layers, ups: [fc1.weight], down: fc2.weight, followers: {told}}}"
+    (folder / "anatomy.yaml").write_text(text)
+    return correct_anatomy(base, folder / "anatomy.yaml")
+
+
+def test_a_user_can_say_what_a_follower_is(tmp_path: Path) -> None:
+    base = bare(tmp_path / "m")
+    with pytest.raises(UnsupportedError, match="follows the MLP's width of 24"):
+        grow(base)
+    told = corrected(base, tmp_path, "{mid.weight: all}")
+    assert followers(told) == {(f"layers.{n}.mid.weight", 1, True) for n in (0, 1)}
+    with pytest.raises(UnsupportedError, match="a whole factor works"):
+        grow(told, factor=1.5)
+    write(grow(told, factor=2), tmp_path / "grown")
+    again = open_checkpoint(tmp_path / "grown")  # the record has the correction
+    assert followers(again) == followers(told)
+    assert again["layers.1.mid.weight"].shape == (1, 48)
+    assert certify(told, again, find_growths(told, again)).holds
+    assert grow(corrected(base, tmp_path, "{mid.weight: each}"), factor=1.5)["layers.0.mid.weight"]
+
+
+def test_what_is_found_is_written_as_it_is_read(tmp_path: Path) -> None:
+    for base in (
+        opened("bitnet"),
+        opened("kosmos"),
+        corrected(bare(tmp_path / "m"), tmp_path, "{mid.weight: each}"),
+    ):
+        (tmp_path / "found.yaml").write_text(anatomy_yaml(base.anatomy))
+        again = correct_anatomy(base, tmp_path / "found.yaml")
+        assert again.anatomy == base.anatomy
+        assert from_data(as_data(again.corrections)) == again.corrections
+
+
+def test_what_can_t_be_a_follower_is_said(tmp_path: Path) -> None:
+    base = bare(tmp_path / "m")
+    for told, why in (
+        ("{none.weight: all}", "there is no layers.0.none.weight"),
+        (
+            "{norm.weight: all}",
+            r"norm.weight is \[8\], and has to have 24 once, as its first size behind ones or",
+        ),
+        ("{mid.weight: some}", "followers"),
+    ):
+        with pytest.raises(RecipeError, match=why):
+            corrected(base, tmp_path, told)
+
+
+def test_records_from_before_there_were_followers_are_read() -> None:
+    mlp = MLPCorrection("layers", ("a",), "b", followers=(("c", True),))
+    data = as_data(Corrections(mlps=(mlp,)))
+    assert from_data(data).mlps == (mlp,)
+    del data["mlps"][0]["followers"]
+    assert from_data(data).mlps == (replace(mlp, followers=()),)
+    for wrong in ([["c"]], [["c", 1]], [[1, True]], "c"):
+        with pytest.raises(ValueError, match=r"wanted|follower"):
+            from_data({**data, "mlps": [{**data["mlps"][0], "followers": wrong}]})
+
+
+def test_inspect_says_what_follows() -> None:
+    result = CliRunner().invoke(app, ["inspect", str(model("bitnet")), "--json"])
+    [block, *_] = json.loads(result.stdout)["blocks"]
+    name = "model.layers.0.mlp.ffn_sub_norm.weight"
+    assert block["mlp"]["followers"] == [{"tensor": name, "axis": 0, "even": True}]
+    shown = CliRunner().invoke(app, ["inspect", str(model("bitnet"))], env={"COLUMNS": "160"})
+    assert "by whole factors" in shown.stdout
+    shown = CliRunner().invoke(app, ["inspect", str(model("pvt"))], env={"COLUMNS": "160"})
+    assert "by whole factors" not in shown.stdout

@@ -55,14 +55,21 @@ def apart(mlps: list[tuple[MLP, str | None]]) -> list[tuple[MLP, str | None]]:
     return made
 
 
+def follower_axis(shape: tuple[int, ...], width: int) -> int | None:
+    """The axis of a follower along which the neurons lie: rows that are theirs alone, or columns.
+    None for a shape that can't be one's."""
+    if shape.count(width) != 1:
+        return None
+    axis = shape.index(width)
+    return axis if axis == len(shape) - 1 or prod(shape[:axis]) == 1 else None
+
+
 def _follower(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None:
     """A tensor of the MLP's module `own` as a follower; None for what may be anything."""
     tensor = inside[name]
-    if _in_another_module(name, mlp, own, inside) or tensor.shape.count(mlp.width) != 1:
+    shape, axis = tensor.shape, follower_axis(tensor.shape, mlp.width)
+    if axis is None or len(shape) == 2 or _in_another_module(name, mlp, own, inside):
         return None
-    axis, shape = tensor.shape.index(mlp.width), tensor.shape
-    if len(shape) == 2 or prod(shape[:axis]) != 1:
-        return None  # a matrix, or a kernel over neurons
     if _is_depthwise(name, mlp.width, inside):
         return Follower(name, axis)
     if len(shape) == 1:
