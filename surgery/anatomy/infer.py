@@ -61,6 +61,11 @@ class Anatomy:
         return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
 
     @property
+    def plain_mlps(self) -> list[MLP]:
+        """Those of the blocks that are no experts."""
+        return [mlp for key in sorted({*self.mlps, *self.several}) for mlp in self.in_block(*key)]
+
+    @property
     def all_mlps(self) -> list[MLP]:
         """Those, and the ones beside them."""
         return [*self.every_mlp, *self.beside]
