@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import ROOT, SAME, apart, config_of, load, made, quiet, spread, tokens
+from families import ROOT, SAME, apart, config_of, load, made, quiet, save, spread, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from surgery.commands.main import app
+from test_fp8 import as_fp8
 from transformers.models.kosmos2 import modeling_kosmos2
 from typer.testing import CliRunner
 
@@ -37,6 +38,8 @@ from surgery.anatomy.stored import as_data, from_data
 from surgery.growth import Growth
 from surgery.modeling.build import build_model
 from surgery.operations.neurons import grown_tensors
+from surgery.operations.scales import neurons_in_a_block
+from surgery.quantization.fp8 import Scaled
 from surgery.recipe import anatomy_yaml, correct_anatomy
 from surgery.values import held
 from surgery.verification.logits import _permuted
@@ -231,10 +234,14 @@ def test_it_grows_twice(tmp_path: Path) -> None:
 def test_some_layers_grow_by_a_modeling_file(tmp_path: Path) -> None:
     base = opened("bitnet")
     write(grow(base, factor=2, layers="1"), tmp_path / "grown")
-    assert "mlp_width_keys" in config_of(tmp_path / "grown")
+    assert config_of(tmp_path / "grown")["mlp_widths"] == [72, 144, 72]
     found = loaded("bitnet", tmp_path / "grown", trust=True)
     assert apart(found, loaded("bitnet", model("bitnet"))) < SAME
-    assert verify(base, open_checkpoint(tmp_path / "grown"), device="cpu").passed
+    grown = open_checkpoint(tmp_path / "grown")
+    assert verify(base, grown, device="cpu").passed
+    larger = expand(grown, copies=1)
+    assert larger.config["mlp_widths"] == [72, 144, 72, 72]
+    assert verify(grown, larger, device="cpu").passed
 
 
 def test_the_record_says_which_parts_are_new(tmp_path: Path) -> None:
@@ -584,3 +591,50 @@ def test_inspect_says_what_follows() -> None:
     assert "by whole factors" in shown.stdout
     shown = CliRunner().invoke(app, ["inspect", str(model("pvt"))], env={"COLUMNS": "160"})
     assert "by whole factors" not in shown.stdout
+
+
+# 8-bit floats
+
+
+def test_a_norm_over_the_neurons_of_8_bit_floats(tmp_path: Path) -> None:
+    """Whole blocks of neurons are copied with it, and their scales split, as ever."""
+    class_name, config, options = MODELS["bitnet"]
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "num_hidden_layers": 2}
+    full = save(tmp_path / "full", class_name, config, options | sizes, "bfloat16")
+    base = open_checkpoint(as_fp8(full, tmp_path / "fp8"))
+    assert base.scales is not None
+    name = "model.layers.1.mlp.ffn_sub_norm.weight"
+    assert (name, 0, True) in followers(base)
+    write(grow(base, factor=2), tmp_path / "grown")
+    grown = open_checkpoint(tmp_path / "grown")
+    assert torch.equal(grown[name].whole(), torch.cat([base[name].whole()] * 2))
+    assert verify(base, grown, device="cpu").passed
+    with pytest.raises(UnsupportedError, match="a whole factor works, here a width of 768 or"):
+        grow(base, width=512)
+
+
+def test_a_follower_with_scales_is_refused(tmp_path: Path) -> None:
+    base = plain(tmp_path / "m", {"mlp.conv.weight": (WIDTH, 1, 3, 3)})
+    mlp = base.anatomy.mlps["layers", 1]
+    name = "layers.1.mlp.conv.weight"
+    scaled = {name: Scaled(name, f"{name}_scale", (1, 1))}
+    with pytest.raises(UnsupportedError, match="is stored with scales: `surgery dequantize` it"):
+        neurons_in_a_block(base, mlp, scaled)
+
+
+def test_a_norm_behind_an_mlp_beside_the_blocks_is_no_follower(tmp_path: Path) -> None:
+    """A projector's norm may be of the size that it leads to, which can be its width."""
+    shapes: Shapes = {
+        "projector.0.weight": (16, 12),
+        "projector.0.bias": (16,),
+        "projector.2.weight": (16, 16),
+        "projector.3.weight": (16,),
+    }
+    base = plain(tmp_path / "m", {})
+    tensors = {name: tensor.whole() for name, tensor in base.items()}
+    tensors |= {name: torch.randn(shape) for name, shape in shapes.items()}
+    base = open_checkpoint(made(tmp_path / "more", tensors))
+    assert not base.anatomy.beside
+    del tensors["projector.3.weight"]
+    [mlp] = open_checkpoint(made(tmp_path / "less", tensors)).anatomy.beside
+    assert (mlp.width, mlp.followers) == (16, ())
