@@ -266,8 +266,11 @@ def test_a_norm_refuses_a_fraction() -> None:
 
 
 def test_a_norm_refuses_zero_neurons() -> None:
-    with pytest.raises(UnsupportedError, match="can't be padded with zero neurons to a width of"):
+    with pytest.raises(UnsupportedError, match="can't be padded with zero neurons to a") as caught:
         grow(opened("bitnet"), factor=2, layers="1", uniform=True)
+    assert caught.value.problems[0].endswith(
+        "as often: grow all layers by the same whole factor, or without uniform (--uniform)"
+    )
 
 
 @pytest.mark.parametrize("padding", [0, 36])

@@ -14,8 +14,8 @@ def check_even(growths: Sequence[Growth]) -> None:
     norm goes over them."""
     UnsupportedError.raise_if(
         f"{growth.mlp.stack}.{growth.mlp.block} can't be {_done(growth)}: {_names(growth)} may be of "
-        f"a norm over all its neurons, which keeps its mean only if each is copied as often: a whole "
-        f"factor works, here a width of {2 * growth.mlp.width:,} or {3 * growth.mlp.width:,}"
+        f"a norm over all its neurons, which keeps its mean only if each is copied as often: "
+        f"{_remedy(growth)}"
         for growth in growths
         if growth.mlp.even and not growth.even
     )
@@ -25,6 +25,13 @@ def _done(growth: Growth) -> str:
     if growth.padding:
         return f"padded with zero neurons to a width of {growth.width:,}"
     return f"grown from {growth.mlp.width:,} to {growth.width:,}"
+
+
+def _remedy(growth: Growth) -> str:
+    if growth.padding:
+        return "grow all layers by the same whole factor, or without uniform (--uniform)"
+    width = growth.mlp.width
+    return f"a whole factor works, here a width of {2 * width:,} or {3 * width:,}"
 
 
 def _names(growth: Growth) -> str:
