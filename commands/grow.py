@@ -57,7 +57,11 @@ def grow(
     base: Annotated[str, typer.Argument(help=MODEL)],
     out: Out,
     factor: Annotated[
-        float | None, typer.Option(help="The new MLP width as a multiple of the old. [default: 2]")
+        float | None,
+        typer.Option(
+            help="The new MLP width as a multiple of the old; a whole one where a norm goes over "
+            "the neurons. [default: 2]"
+        ),
     ] = None,
     width: Annotated[int | None, typer.Option(help="The new MLP width.")] = None,
     layers: Annotated[

@@ -114,7 +114,11 @@ def _blocks(
                         "fused": mlp.ups[0].parts == 2,
                         "layout": "in, out" if mlp.down.in_out else "out, in",
                         "tensors": list(mlp.tensors),
-                        "evenly": mlp.evenly,
+                        "even": mlp.even_because,
+                        "followers": [
+                            {"tensor": each.name, "axis": each.axis, "even": each.even}
+                            for each in mlp.followers
+                        ],
                     },
                     "mlps": len(mlps),
                     "experts": [
@@ -230,7 +234,7 @@ def _block_table(blocks: list[dict[str, Any]]) -> Any:
 def _grows(block: dict[str, Any]) -> str:
     if block["no_growth"]:
         return "no"
-    return "by whole factors" if (block["mlp"] or {}).get("evenly") else "yes"
+    return "by whole factors" if (block["mlp"] or {}).get("even") else "yes"
 
 
 def _refusals(blocks: list[dict[str, Any]]) -> list[str]:

@@ -43,15 +43,11 @@ class Growth:
         return copy_numbers(self.mlp.width, self.copied, self.padding)
 
     @property
-    def uneven(self) -> str | None:
-        """Why this growth changes the function all the same, if it does: the MLP needs each neuron
-        as often as every other."""
-        if self.mlp.evenly is None or len(set(self.shares()[1].tolist())) == 1:
-            return None
-        return (
-            f"{self.mlp.stack}.{self.mlp.block} can't be grown from {self.mlp.width:,} to "
-            f"{self.width:,} neurons: {self.mlp.evenly}, and each has to be there as often"
-        )
+    def even(self) -> bool:
+        """Whether every neuron has as many copies and none is padding, so that a mean over all of
+        them stays what it was."""
+        _, copies = self.shares()
+        return bool((copies == copies[0]).all())
 
     def runs(self, projection: Projection) -> tuple[tuple[int | None, int, int], ...]:
         """What lies along the axis of a projection, all experts below each other: runs of the
@@ -87,9 +83,11 @@ class Growth:
     def as_json(self) -> dict[str, Any]:
         """Plain data for the record. `tensors` has what a trainer needs for its masks."""
         tensors = {}
+        followers = {follower.name for follower in self.mlp.followers}
         for name, projection, axis in self.mlp.axes():
             new = [list(pair) for pair in self.new_ranges(projection)]
             role = "down" if projection is self.mlp.down else "up"
+            role = "follower" if name in followers else role
             tensors[name] = {"role": role, "axis": axis, "new": new}
         return {
             "stack": self.mlp.stack,

@@ -61,13 +61,13 @@ def test_which_layers_have_to_be_copied_evenly():
     mlps = base.anatomy.mlps
     assert {block for _, block in mlps} == set(ALL)
     assert base.anatomy.no_growth == {}
-    assert [block for (_, block), mlp in mlps.items() if mlp.evenly] == SPARSE
-    assert mlps["model.layers", 0].evenly == (
-        "its activation is sparse (activation_sparsity_pattern has 0.95)"
+    assert [block for (_, block), mlp in mlps.items() if mlp.sparse] == SPARSE
+    assert mlps["model.layers", 0].even_because == (
+        "its activation goes by all its neurons (activation_sparsity_pattern has 0.95)"
     )
     for pattern, wanted in ((0.5, [*ALL]), (None, []), ([0.5], []), ([True, "", 0.1], [2])):
         changed = with_pattern(base, pattern).anatomy.mlps
-        assert [block for (_, block), mlp in changed.items() if mlp.evenly] == wanted
+        assert [block for (_, block), mlp in changed.items() if mlp.sparse] == wanted
 
 
 @pytest.mark.parametrize(
@@ -90,10 +90,16 @@ def test_uneven_copies_are_refused(options: dict[str, Any]):
     wide = int(72 * options["factor"])
     with pytest.raises(UnsupportedError) as caught:
         grow(base, **options)
+    done = "padded with zero neurons to a width of" if "uniform" in options else "grown from 72 to"
+    remedy = (
+        "grow all layers by the same whole factor, or without uniform (--uniform)"
+        if "uniform" in options
+        else "a whole factor works, here a width of 144 or 216; or choose other layers (--layers)"
+    )
     assert caught.value.problems == tuple(
-        f"model.layers.{block} can't be grown from 72 to {wide} neurons: its activation is sparse "
-        f"(activation_sparsity_pattern has 0.95), and each has to be there as often; grow by a "
-        f"whole factor, and without --uniform, or choose other --layers"
+        f"model.layers.{block} can't be {done} {wide}: its activation goes by all its neurons "
+        f"(activation_sparsity_pattern has 0.95), whose mean stays what it is only if each is "
+        f"copied as often: {remedy}"
         for block in SPARSE
     )
 

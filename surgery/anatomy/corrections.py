@@ -7,11 +7,12 @@ of a model that was widened or got more blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from surgery.anatomy.mlp import MLP, Projection, follows_width
+from surgery.anatomy.followers import follower_axis, with_followers
+from surgery.anatomy.mlp import MLP, Follower, Projection
 from surgery.anatomy.places import Place, Role, place_in_block
 from surgery.tensor import LazyTensor
 
@@ -22,7 +23,8 @@ Tensors = Mapping[str, LazyTensor]
 @dataclass(frozen=True)
 class MLPCorrection:
     """The MLP of some blocks of `stack` (of all where `blocks` is None), by the names of its
-    matrices inside a block; `parts`, `in_out` and `interleaved` as in `Projection`."""
+    matrices inside a block; `parts`, `in_out` and `interleaved` as in `Projection`. `followers` are
+    those that the inference doesn't find: by name, and whether they are `even` (see `Follower`)."""
 
     stack: str
     ups: tuple[str, ...]
@@ -31,6 +33,7 @@ class MLPCorrection:
     in_out: bool = False
     blocks: frozenset[int] | None = None
     interleaved: bool = False
+    followers: tuple[tuple[str, bool], ...] = ()
 
     def meant_for(self, stack: str, block: int) -> bool:
         """Whether it speaks of that block."""
@@ -39,7 +42,8 @@ class MLPCorrection:
     def problems(self, tensors: Tensors, block: int) -> list[str]:
         """Why the matrices of a block can't be that MLP."""
         names = [self.name(block, inner) for inner in (*self.ups, self.down)]
-        missing = [f"there is no {name}" for name in names if name not in tensors]
+        others = [self.name(block, inner) for inner, _ in self.followers]
+        missing = [f"there is no {name}" for name in (*names, *others) if name not in tensors]
         flat = [
             f"{name} is {list(tensors[name].shape)}, and no matrix"
             for name in names
@@ -57,6 +61,11 @@ class MLPCorrection:
             f"{list(tensors[down].shape)}, it would be {wanted}"
             for name in ups
             if list(tensors[name].shape) != wanted
+        ] + [
+            f"{name} is {list(tensors[name].shape)}, and has to have {width} once, as its first "
+            f"size behind ones or as its last"
+            for name in others
+            if follower_axis(tensors[name].shape, width) is None
         ]
 
     def mlp(self, tensors: Tensors, block: int) -> MLP:
@@ -69,7 +78,14 @@ class MLPCorrection:
             down=self._projection(tensors, block, self.down, 1),
             width=width,
             hidden=hidden,
+            followers=tuple(self._followers(tensors, block, width)),
         )
+
+    def _followers(self, tensors: Tensors, block: int, width: int) -> Iterator[Follower]:
+        for inner, even in self.followers:
+            name = self.name(block, inner)
+            if (axis := follower_axis(tensors[name].shape, width)) is not None:
+                yield Follower(name, axis, even)
 
     def name(self, block: int, inner: str) -> str:
         """The full name of a tensor of a block."""
@@ -169,13 +185,12 @@ class Corrections:
             for (stack, block), inside in blocks.items():
                 if not correction.meant_for(stack, block) or correction.problems(tensors, block):
                     continue
-                mlps[stack, block] = mlp = correction.mlp(tensors, block)
                 no_growth.pop((stack, block), None)
                 loose = {n: t for n, t in inside.items() if places[n].role is not Role.ATTENTION}
-                if others := follows_width(mlp, loose):
-                    no_growth[stack, block] = (
-                        f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
-                    )
+                mlp, problem = with_followers(correction.mlp(tensors, block), loose, inside, places)
+                mlps[stack, block] = mlp
+                if problem is not None:
+                    no_growth[stack, block] = problem
 
 
 def block_of(name: str, stack: str) -> tuple[int, str] | None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.anatomy.experts import Experts
+from surgery.anatomy.followers import with_followers
 from surgery.anatomy.layout import what_is_not_told
-from surgery.anatomy.mlp import MLP, find_mlp, follows_width, stores_in_out
+from surgery.anatomy.mlp import MLP, find_mlp, stores_in_out
 from surgery.anatomy.places import Place, Role
 from surgery.anatomy.several import another_may_be, find_several, misread
 from surgery.tensor import LazyTensor
@@ -21,7 +22,8 @@ Tensors = Mapping[str, LazyTensor]
 @dataclass
 class Dense:
     """`mlps` where a block has one, `several` where it has more, `beside` what is in a block next
-    to its one MLP, or outside the blocks; `no_growth` says why those of a block can't grow."""
+    to its one MLP, or outside the blocks, and has nothing that follows its width, which may be
+    the size that it leads to; `no_growth` says why those of a block can't grow."""
 
     mlps: dict[Key, MLP] = field(default_factory=dict)
     several: dict[Key, tuple[MLP, ...]] = field(default_factory=dict)
@@ -63,7 +65,7 @@ def find_dense(
     for mlp, problem in find_several(
         "", None, outside, places, None, widths, in_out=False, uneven=True
     ):
-        if problem is None:
+        if problem is None and not mlp.followers:
             found.beside.append(mlp)
     routed = {
         (place.stack, place.block)
@@ -96,12 +98,13 @@ def _look(
     if hidden is not None:
         mlp = find_mlp(*key, plain, hidden, widths, in_out)
     if isinstance(mlp, MLP) and not misread(mlp, inside, places):
+        mlp, problem = with_followers(mlp, plain, inside, places)
         found.mlps[key] = mlp
-        if others := follows_width(mlp, plain):
-            found.no_growth[key] = f"{', '.join(others)} follows the MLP's width of {mlp.width:,}"
+        if problem is not None:
+            found.no_growth[key] = problem
         left = {name: tensor for name, tensor in inside.items() if name not in mlp.tensors}
         more = find_several(*key, left, places, hidden, widths, in_out, uneven=True)
-        found.beside += [other for other, problem in more if problem is None]
+        found.beside += [mlp for mlp, problem in more if problem is None and not mlp.followers]
         return
     if mixture:
         return  # what is beside experts stays as it is

@@ -16,7 +16,7 @@ from surgery.anatomy.layout import told_layouts, what_is_not_told
 from surgery.anatomy.letters import place_attention
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, find_places
-from surgery.anatomy.sparsity import need_even_copies
+from surgery.anatomy.sparsity import note_sparse_activations
 from surgery.tensor import LazyTensor
 
 DEPTH_KEYS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
@@ -62,6 +62,11 @@ class Anatomy:
         keys = dict.fromkeys(sorted((*self.mlps, *self.several, *self.experts)))
         plain = {**{key: (mlp,) for key, mlp in self.mlps.items()}, **self.several}
         return [mlp for key in keys for mlp in (*plain.get(key, ()), *self.experts.get(key, ()))]
+
+    @property
+    def plain_mlps(self) -> list[MLP]:
+        """Those of the blocks that are no experts."""
+        return [mlp for key in sorted({*self.mlps, *self.several}) for mlp in self.in_block(*key)]
 
     @property
     def all_mlps(self) -> list[MLP]:
@@ -111,7 +116,7 @@ def infer(
     found = find_dense(tensors, places, sizes, _all_widths(config), experts, layouts, config)
     mlps, no_growth = found.mlps, found.no_growth
     corrections.put_mlps(tensors, places, mlps, no_growth)
-    need_even_copies(mlps, stacks, part)
+    note_sparse_activations(mlps, stacks, part)
     several = {key: these for key, these in found.several.items() if key not in mlps}
     for key in (name for found in experts.values() for name in found.tensors):
         if places[key].role is Role.UNKNOWN:
@@ -119,8 +124,9 @@ def infer(
     _place_routers(tensors, places, in_blocks, experts)
     in_blocks_too = [mlp for these in several.values() for mlp in these]
     for mlp in (*mlps.values(), *in_blocks_too):
+        norms = {f.name for f in mlp.followers if places[f.name].role is Role.NORM}
         for name in (*mlp.tensors, mlp.down.bias):
-            if name is not None:
+            if name is not None and name not in norms:
                 places[name] = replace(places[name], role=Role.MLP)
     head = _head(tensors, places, embedding)
     tied, notes = _tying(config, embedding, head)

@@ -65,12 +65,28 @@ class Projection:
 
 
 @dataclass(frozen=True)
+class Follower:
+    """A tensor beside the projections that has something for every neuron, along `axis`: all other
+    sizes before it are 1, or it is the last.
+
+    A copied neuron takes its part along. Where that part acts on the neuron by itself (a depthwise
+    convolution), that is all; with `even` it may be of a norm, which looks at all neurons: their
+    mean and mean square stay what they were only if each of them is copied as often.
+    """
+
+    name: str
+    axis: int = 0
+    even: bool = False
+
+
+@dataclass(frozen=True)
 class MLP:
     """An MLP of a block: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate.
 
     `ups` are the projections into the hidden activation (gate and up, or one), `width` is its
     size p, `hidden` the size of x. Experts that are stacked in one tensor are one MLP here. One
-    outside the stacks has no `block`, and its module for a `stack`.
+    outside the stacks has no `block`, and its module for a `stack`. `followers` are the tensors
+    between up and down that go by neuron too.
     """
 
     stack: str
@@ -80,11 +96,19 @@ class MLP:
     width: int
     hidden: int
     kind: Kind = "dense"
-    evenly: str | None = None
-    """Why all neurons have to be copied equally often, if they have to."""
+    followers: tuple[Follower, ...] = ()
+    sparse: str | None = None
+    """The setting by which its activation keeps only the largest values, if it does."""
     idle: tuple[Projection, ...] = ()
     """Matrices into hidden activations that nothing is made of, which are as wide: those of
     LongCat's experts that return their input."""
+
+    @property
+    def even_because(self) -> str | None:
+        """Why every neuron has to be copied as often as the others, if it has to."""
+        if norms := [follower.name for follower in self.followers if follower.even]:
+            return f"{', '.join(norms)} may be of a norm over all its neurons"
+        return self.sparse and f"its activation goes by all its neurons ({self.sparse})"
 
     @property
     def gated(self) -> bool:
@@ -106,15 +130,26 @@ class MLP:
                 bias=None if bias is None else other + bias.removeprefix(module),
             )
 
-        return replace(self, ups=tuple(map(there, self.ups)), down=there(self.down))
+        return replace(
+            self,
+            ups=tuple(map(there, self.ups)),
+            down=there(self.down),
+            followers=tuple(
+                replace(each, name=other + each.name.removeprefix(module))
+                for each in self.followers
+            ),
+        )
 
     def axes(self) -> Iterator[tuple[str, Projection, int]]:
-        """Every tensor that widens, its projection, and the axis along which its neurons lie."""
+        """Every tensor that widens, its projection (for a follower one that lies as it does), and
+        the axis along which its neurons lie."""
         for up in (*self.ups, *self.idle):
             yield up.weight, up, up.axis(down=False)
             if up.bias is not None:
                 yield up.bias, up, up.axis(down=False, bias=True)
         yield self.down.weight, self.down, self.down.axis(down=True)
+        for follower in self.followers:
+            yield follower.name, Projection(follower.name), follower.axis
 
 
 INTERLEAVED_NAME = re.compile(r"(^|[._])w13_(weight|dn)")
@@ -205,7 +240,7 @@ def stores_in_out(tensors: Mapping[str, LazyTensor]) -> bool:
 
 def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
     """Other tensors with an axis of the MLP's width, in the MLP's own module (in the block, where
-    it has none): growing would break them. Where the width is the hidden size too, matrices say
+    it has none): growing without them would break them. Where the width is the hidden size too, matrices say
     nothing, and vectors outside that module neither."""
     known = set(mlp.tensors) | {mlp.down.bias}
     block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."

@@ -12,13 +12,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from surgery.anatomy.followers import apart, with_followers
 from surgery.anatomy.mlp import (
     DOWN,
     MLP,
     Projection,
     bias_name,
     find_mlp,
-    follows_width,
     module_of,
     second_of_two,
 )
@@ -63,13 +63,7 @@ def find_several(
         for name, tensor in tensors.items()
         if name not in theirs and places[name].role is not Role.ATTENTION
     }
-    return [(mlp, _problem(mlp, others)) for mlp in found]
-
-
-def _problem(mlp: MLP, others: Tensors) -> str | None:
-    following = follows_width(mlp, others)
-    said = f"{', '.join(following)} follows the MLP's width of {mlp.width:,}"
-    return said if following else None
+    return apart([with_followers(mlp, others, tensors, places) for mlp in found])
 
 
 def misread(mlp: MLP, tensors: Tensors, places: Mapping[str, Place]) -> bool:

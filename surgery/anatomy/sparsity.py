@@ -14,11 +14,11 @@ from surgery.anatomy.mlp import MLP
 KEY = "activation_sparsity_pattern"
 
 
-def need_even_copies(
+def note_sparse_activations(
     mlps: dict[tuple[str, int], MLP], stacks: Mapping[str, int], config: Mapping[str, Any]
 ) -> None:
-    """Note it of the MLPs whose neurons have to be copied equally often: mean and deviation stay
-    what they are then, and only then. `config` is that of the language model, whose list has an
+    """Note it of the MLPs that have one: mean and deviation stay what they are only if all neurons
+    are copied as often. `config` is that of the language model, whose list has an
     entry for every layer, or one number for all."""
     given = config.get(KEY)
     for (stack, block), mlp in mlps.items():
@@ -27,5 +27,4 @@ def need_even_copies(
             continue
         value: object = values[block]
         if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0:
-            reason = f"its activation is sparse ({KEY} has {value})"
-            mlps[stack, block] = replace(mlp, evenly=reason)
+            mlps[stack, block] = replace(mlp, sparse=f"{KEY} has {value}")

@@ -35,10 +35,15 @@ def as_data(corrections: Corrections) -> dict[str, Any]:
                 "in_out": mlp.in_out,
                 "interleaved": mlp.interleaved,
                 "blocks": None if mlp.blocks is None else sorted(mlp.blocks),
+                **({"followers": _followers(mlp)} if mlp.followers else {}),
             }
             for mlp in corrections.mlps
         ],
     }
+
+
+def _followers(mlp: MLPCorrection) -> list[list[Any]]:
+    return [[name, even] for name, even in mlp.followers]
 
 
 def from_data(data: Any) -> Corrections:
@@ -55,7 +60,10 @@ def from_data(data: Any) -> Corrections:
 
 
 def _mlp(data: Any) -> MLPCorrection:
-    entry = _table(data, {"stack", "ups", "down", "parts", "in_out", "interleaved", "blocks"})
+    keys = {"stack", "ups", "down", "parts", "in_out", "interleaved", "blocks", "followers"}
+    if isinstance(data, Mapping):  # where there are none it isn't written
+        data = {"followers": [], **data}
+    entry = _table(data, keys)
     ups, blocks = tuple(map(_name, _list(entry["ups"]))), entry["blocks"]
     parts, in_out = entry["parts"], entry["in_out"]
     if type(parts) is not int or (len(ups), parts) not in ((1, 1), (1, 2), (2, 1)):
@@ -74,7 +82,15 @@ def _mlp(data: Any) -> MLPCorrection:
         in_out,
         None if blocks is None else frozenset(blocks),
         entry["interleaved"],
+        tuple(map(_follower, _list(entry["followers"]))),
     )
+
+
+def _follower(data: Any) -> tuple[str, bool]:
+    entry = _list(data)
+    if len(entry) != 2 or type(entry[1]) is not bool:
+        raise ValueError("a follower has a name, and whether its neurons are copied evenly")
+    return _name(entry[0]), entry[1]
 
 
 def _table(data: Any, keys: set[str]) -> Mapping[str, Any]:

@@ -144,7 +144,7 @@ def class_to_build(checkpoint: Checkpoint) -> Any:
         return cls
     made = checkpoint.companions.get(MODELING_FILE)
     if not isinstance(made, bytes):
-        _, made = modeling_file(checkpoint, list(checkpoint.anatomy.mlps.values()))
+        _, made = modeling_file(checkpoint, checkpoint.anatomy.plain_mlps)
     return getattr(load_classes(made), cls.__name__)
 
 

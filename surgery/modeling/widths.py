@@ -8,6 +8,7 @@ stock classes of this architecture and resizes the MLPs as the model is built, f
 
 from __future__ import annotations
 
+import re
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from importlib import resources
 from typing import Any
 
 from surgery.anatomy import MLP
+from surgery.anatomy.mlp import module_of
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.modeling.stock import auto_classes, block_path, model_class, path_of
@@ -26,12 +28,15 @@ MODELING_FILE = f"{MODULE}.py"
 @dataclass(frozen=True)
 class Layout:
     """Where the widths are: the path of the blocks inside the base model, and which modules of
-    a block have the width as their output (`fused` times it) or as their input."""
+    a block have the width as their output (`fused` times it) or as their input, with a * for the
+    numbers of a list of layers in it. `followers` are parameters and buffers, each with the axis
+    that has the width."""
 
     blocks: str
     up: tuple[str, ...]
     down: tuple[str, ...]
     fused: int
+    followers: tuple[tuple[str, int], ...] = ()
 
 
 def without_auto_map(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,7 +66,7 @@ def modeling_file(base: Checkpoint, mlps: Sequence[MLP]) -> tuple[dict[str, str]
         for name, auto in first_auto.items()
     )
     text = resources.files(__package__).joinpath("template.txt").read_text(encoding="utf-8")
-    for key in ("blocks", "up", "down", "fused"):
+    for key in ("blocks", "up", "down", "fused", "followers"):
         text = text.replace(f"@{key.upper()}@", repr(getattr(layout, key)))
     text = text.replace("@CLASSES@", classes)
     return {auto: f"{MODULE}.{name}" for auto, name in mapped.items()}, text.encode()
@@ -89,21 +94,29 @@ def load_classes(source: bytes) -> types.ModuleType:
 
 
 def _layout(base: Checkpoint, mlps: Sequence[MLP]) -> Layout:
-    def inner(weight: str) -> str:
-        return base.anatomy.places[weight].inner.removesuffix(".weight")
-
-    layouts = {
-        Layout(
-            block_path(base.config, mlp.stack),
-            tuple(inner(up.weight) for up in mlp.ups),
-            (inner(mlp.down.weight),),
-            mlp.ups[0].parts,
-        )
-        for mlp in mlps
-    }
+    layouts = {_layout_of(base, mlp) for mlp in mlps}
     if len(layouts) != 1:
         raise UnsupportedError(
             f"{base.source.reference}: the MLPs of its layers aren't of one kind, so layers of "
             f"different widths can't be loaded: pass --uniform"
         )
     return layouts.pop()
+
+
+def _layout_of(base: Checkpoint, mlp: MLP) -> Layout:
+    """That of one MLP."""
+    block = f"{mlp.stack}.{mlp.block}." if mlp.stack else f"{mlp.block}."
+    listed = any(stack == mlp.stack for stack, _ in base.anatomy.several)
+    own = module_of(block, mlp.tensors) if listed else block
+
+    def inner(name: str) -> str:
+        module = own.removeprefix(block)
+        return re.sub(r"(?<![^.])\d+\.", "*.", module) + name.removeprefix(own)
+
+    return Layout(
+        block_path(base.config, mlp.stack),
+        tuple(inner(up.weight).removesuffix(".weight") for up in mlp.ups),
+        (inner(mlp.down.weight).removesuffix(".weight"),),
+        mlp.ups[0].parts,
+        tuple((inner(follower.name), follower.axis) for follower in mlp.followers),
+    )

@@ -313,6 +313,11 @@ def _with_widths(draft: Checkpoint, models: Sequence[Checkpoint], stack: str) ->
     """The config's width keys, or the modeling file, for the MLPs that there are now."""
     companions = dict(draft.companions)
     by_layer = any(WIDTHS_KEY in model.config for model in models)
+    if by_layer and draft.anatomy.several:
+        raise UnsupportedError(
+            f"{models[0].source.reference}: blocks with several MLPs each, whose widths are those "
+            f"of {WIDTHS_KEY} in config.json, can't be put together yet"
+        )
     if by_layer:
         companions.pop(MODELING_FILE, None)
     draft = replace(draft, companions=companions)

@@ -21,6 +21,7 @@ from surgery.checkpoint import Checkpoint, Edit
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.growth import Growth, Ranges
 from surgery.operations.dequantize import scaled_weights, values
+from surgery.operations.even import check_even
 from surgery.operations.layers import as_ranges, parse_layers
 from surgery.operations.neurons import grown_tensors
 from surgery.operations.scales import check_blocks, grown_scales, neurons_in_a_block
@@ -70,6 +71,9 @@ def grow(
     the "routed" or the "shared" ones alone. Experts that lie in one tensor copy the same neurons.
     A shared MLP that is as wide as several routed experts together stays so.
 
+    Where a norm goes over the neurons of an MLP, or its activation goes by all of them (Gemma 3n),
+    its width can be multiplied by a whole number only, and zero neurons are refused.
+
     Weights of 8-bit floats with scales are copied as they are, in the blocks that share a scale,
     and the scales of outgoing weights are split; what such a layout doesn't allow is refused.
 
@@ -86,19 +90,21 @@ def grow(
         _growth(base, mlp, wide, choose, seed, unit)
         for mlp, wide, unit in zip(mlps, widths, units, strict=True)
     ]
+    check_even(growths)
     check_blocks(base, growths, scaled)
     follow = may_follow(base, mlps, scope)
     others = [
         _growth(base, mlp, _new_width(mlp, factor, width, multiple_of), choose, seed, unit)
         for mlp in (follow if layers.strip() == "all" and experts == "all" else ())
         if (width is None or width > mlp.width) and (unit := _unit(base, mlp, scaled))
+        if not mlp.even_because or _new_width(mlp, factor, width, multiple_of) % mlp.width == 0
     ]
     if uniform:
         growths, config, companions = _settled_alike(base, growths, others, follow)
     else:
         growths, config, companions = _settled(base, growths, others)
+    check_even(growths)
     check_blocks(base, growths, scaled)
-    _check_even(growths)
     tensors: dict[str, LazyTensor] = {}
     for growth in growths:
         tensors |= grown_tensors(base, growth, symmetry_break, seed, unsplit=scaled)
@@ -121,13 +127,6 @@ def grow(
         {"mlps": [growth.as_json() for growth in growths]},
     )
     return base.edited(edit, tensors, config, companions, notes=left + _notes(base, growths))
-
-
-def _check_even(growths: Sequence[Growth]) -> None:
-    """Raise for the MLPs whose function would change, since not all neurons are copied alike."""
-    uneven = [why for growth in growths if (why := growth.uneven)]
-    advice = "grow by a whole factor, and without --uniform, or choose other --layers"
-    UnsupportedError.raise_if([f"{why}; {advice}" for why in uneven])
 
 
 _Settled = tuple[list[Growth], dict[str, Any], dict[str, Path | bytes]]
@@ -157,6 +156,7 @@ def _settled_alike(
             ways.append(padded)
     for way in ways[:-1]:
         with suppress(UnsupportedError):
+            check_even(way)
             return way, *widened_config(base, way, stock=True)
     return ways[-1], *widened_config(base, ways[-1], stock=True)
 
@@ -169,7 +169,7 @@ def _zeros(growths: Sequence[Growth], follow: Sequence[MLP]) -> list[Growth]:
     return [
         Growth(mlp, wide, (), padding=wide - mlp.width)
         for mlp in follow
-        if mlp not in taken and len(widths[mlp.width]) == 1
+        if mlp not in taken and not mlp.even_because and len(widths[mlp.width]) == 1
         for wide in widths[mlp.width]
     ]
 

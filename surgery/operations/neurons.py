@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping
 from functools import lru_cache, partial
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 from surgery.anatomy import Projection
@@ -46,17 +47,20 @@ def copied_neurons(
     """A tensor whose neurons lie along `axis`, with the copied ones behind: of that shape."""
     if axis == len(shape) - 1 and axis > 0:
         return _wider_columns(tensor, growth, projection, shape)
-    return _more_rows(tensor, growth, projection, shape)
+    return _more_rows(tensor, growth, projection, prod(shape[axis + 1 : -1]), shape)
 
 
 def _more_rows(
-    tensor: LazyTensor, growth: Growth, up: Projection, shape: tuple[int, ...]
+    tensor: LazyTensor, growth: Growth, up: Projection, each: int, shape: tuple[int, ...]
 ) -> LazyTensor:
-    """The rows of all neurons and of the copied ones, in each piece; then rows of zeros."""
-    runs = tuple((int(at is None), start, stop) for at, start, stop in growth.runs(up))
+    """The rows of all neurons and of the copied ones, in each piece; then rows of zeros. A neuron
+    has `each` rows: the kernel of a convolution several."""
+    runs = tuple(
+        (int(at is None), each * start, each * stop) for at, start, stop in growth.runs(up)
+    )
     inputs: tuple[LazyTensor, ...] = (tensor,)
     if growth.padding:
-        rows = growth.padding * up.parts
+        rows = growth.padding * up.parts * each
         inputs += (zeros((rows, tensor.width) if len(shape) > 1 else (rows,), tensor.dtype),)
     return gather(inputs, runs, shape)
 

@@ -35,6 +35,9 @@ def neurons_in_a_block(base: Checkpoint, mlp: MLP, scaled: Mapping[str, Scaled])
     Raises UnsupportedError if the MLP can't be grown as it is stored.
     """
     unit = 1
+    for follower in mlp.followers:
+        if follower.name in scaled:
+            raise UnsupportedError(f"{follower.name} is stored with scales: {REMEDY}")
     for name, projection, axis in _with_scales(mlp, scaled):
         size = _block(base, scaled[name], axis)
         if size is not None:

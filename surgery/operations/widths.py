@@ -78,12 +78,11 @@ def _by_modeling_file(
     with suppress(UnsupportedError):  # blocks that aren't part of the base model
         if made := keys_by_block(base, config, growths):
             return made
-    widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
-    widths |= {(g.mlp.stack, g.mlp.block): g.width for g in growths if g.mlp.block is not None}
-    one = len(widths) == len(base.anatomy.mlps) and len({stack for stack, _ in widths}) == 1
     if base.anatomy.experts or WIDTHS_KEY in config:
         return None
-    if one and not base.anatomy.several:
+    widths = _block_widths(base, growths)
+    stacks = {stack for stack, _ in widths}
+    if len(stacks) == 1 and len(widths) == base.anatomy.stacks[stacks.pop()]:
         with suppress(UnsupportedError):
             resized, companions = _resized(base, config, {}, widths)
             source = companions[MODELING_FILE]
@@ -103,6 +102,13 @@ def _by_its_own_keys(
     config = dict(config)
     if base.anatomy.experts:
         return _with_keys(base, config, growths), companions
+    if base.anatomy.several and config.pop(WIDTHS_KEY, None):
+        if widths := _block_widths(base, growths):
+            return _resized(base, config, companions, widths)
+        raise UnsupportedError(
+            f"{base.source.reference} has several MLPs in a block, and they wouldn't be as wide as "
+            f"each other: grow all of them alike"
+        )
     widths = {key: mlp.width for key, mlp in base.anatomy.mlps.items()}
     before = stock_widths(config) if config.pop(WIDTHS_KEY, None) else set(widths.values())
     after = {(growth.mlp.stack, growth.mlp.block): growth.width for growth in growths}
@@ -122,6 +128,18 @@ def _by_its_own_keys(
             f"place, so layers of different widths can't be loaded: pass --uniform"
         )
     return made, companions
+
+
+def _block_widths(base: Checkpoint, growths: Sequence[Growth]) -> dict[tuple[str, int], int]:
+    """The new width of every block that has plain MLPs; nothing if those of a block differ."""
+    after = {growth.mlp: growth.width for growth in growths}
+    widths: dict[tuple[str, int], int] = {}
+    for mlp in base.anatomy.plain_mlps:
+        assert mlp.block is not None
+        width = after.get(mlp, mlp.width)
+        if widths.setdefault((mlp.stack, mlp.block), width) != width:
+            return {}
+    return widths
 
 
 def _layers_differ(base: Checkpoint, widths: Mapping[tuple[str, int], int]) -> bool:
@@ -232,7 +250,7 @@ def _resized(
 ) -> tuple[dict[str, Any], dict[str, Path | bytes]]:
     """With the modeling file that gives every block a width of its own."""
     made = {**config, WIDTHS_KEY: [width for _, width in sorted(widths.items())]}
-    made["auto_map"], source = modeling_file(model, list(model.anatomy.mlps.values()))
+    made["auto_map"], source = modeling_file(model, model.anatomy.plain_mlps)
     return made, {**companions, MODELING_FILE: source}
 
 

@@ -4,6 +4,10 @@ stacks: {model.layers: 4}
 roles: {"*.router.*": router, lm_head.weight: head}
 mlps:
   - {stack: model.layers, blocks: "0-3", ups: [ffn.a.weight], down: ffn.b.weight, parts: 2}
+  - {stack: tower, ups: [a.weight], down: b.weight, followers: {c.weight: each, n.weight: all}}
+
+Followers are tensors that go by neuron too: `each` acts on a neuron by itself, as a depthwise
+convolution does; `all` looks at all of them, as a norm does.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ class _MLP(BaseModel):
     parts: Literal[1, 2] = 1
     in_out: bool = False
     interleaved: bool = False
+    followers: dict[str, Literal["each", "all"]] = Field(default_factory=dict)
 
 
 def correct_anatomy(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
@@ -188,6 +193,7 @@ def _mlps(
             entry.in_out,
             None if len(blocks) == stacks[entry.stack] else frozenset(blocks),
             entry.interleaved,
+            tuple((name, kind == "all") for name, kind in entry.followers.items()),
         )
         for block in blocks:
             for problem in correction.problems(checkpoint, block):
@@ -230,8 +236,9 @@ def _alike(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
                 "parts": parts,
                 "in_out": in_out,
                 **({"interleaved": True} if interleaved else {}),
+                **({"followers": dict(followers)} if followers else {}),
             }
-            for (ups, down, parts, in_out, interleaved), blocks in forms.items()
+            for (ups, down, parts, in_out, interleaved, followers), blocks in forms.items()
         ]
 
 
@@ -239,4 +246,8 @@ def _form(mlp: MLP, anatomy: Anatomy) -> tuple[Any, ...]:
     places = anatomy.places
     ups = tuple(places[up.weight].inner for up in mlp.ups)
     up = mlp.ups[0]
-    return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved
+    followers = tuple(
+        (places[follower.name].inner, "all" if follower.even else "each")
+        for follower in mlp.followers
+    )
+    return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved, followers

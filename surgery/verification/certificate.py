@@ -4,7 +4,9 @@ base does.
 Grown: in every widened MLP the rows of up and gate are bitwise those of their sources, and the
 columns of a source neuron's copies sum to its column in exact arithmetic; every other tensor is
 bitwise what it was. So each hidden neuron's copies have its activation and together its effect.
-Where an activation looks at all neurons, there are as many copies of each.
+What else goes by neuron (a depthwise convolution, a norm over them all) is copied bitwise too.
+Where a norm or an activation looks at all neurons there are as many copies of each, so that means
+over them are what they were.
 
 Expanded: every tensor of the base is bitwise what it was, at its new place; in every new block
 the projections that write to the residual stream are zero, and all else is bitwise the source's.
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from threading import Lock
 
 from surgery.anatomy import Projection
@@ -76,7 +79,11 @@ def certify(
     failures: dict[str, str] = {}
     missing = [f"{name} is missing in the grown checkpoint" for name in base if name not in other]
     missing += [f"{name} isn't in the base" for name in other if name not in base]
-    uneven = [why for growth in relation if (why := growth.uneven)]
+    uneven = [
+        f"{growth.mlp.stack}.{growth.mlp.block}: {why}, and these aren't all copied as often"
+        for growth in relation
+        if (why := growth.mlp.even_because) and not growth.even
+    ]
     _run(_checks(base, other, relation, failures), failures, threads, progress)
     return Certificate(
         grown_mlps=len(relation),
@@ -196,6 +203,9 @@ def _grown_checks(
 
     columns = axis > 0 and axis == len(base.shape) - 1
     sources = projection.indices(growth.sources(), growth.mlp.width, below=not columns)
+    if not columns and (each := prod(base.shape[axis + 1 : -1])) != 1:  # rows of a kernel
+        rows_of = each * sources[:, None] + numpy.arange(each)
+        sources = numpy.where(sources[:, None] >= 0, rows_of, -1).reshape(-1)
     if projection is growth.mlp.down:
         if not columns:
             for rows in base.blocks(BLOCK_ELEMENTS):

@@ -150,6 +150,8 @@ def _permuted(base: Checkpoint, seed: int) -> Checkpoint:
     """The base with the neurons of every MLP in another order: the same function."""
     tensors: dict[str, LazyTensor] = {}
     for mlp in base.anatomy.every_mlp:
+        if (mlp.stack, mlp.block) in base.anatomy.no_growth:
+            continue  # something that isn't understood may go by its neurons too
         order = noise((mlp.width,), seed, f"permute:{mlp.down.weight}").read().argsort().numpy()
         for name, projection, axis in mlp.axes():
             index = projection.indices(order, mlp.width, below=projection.flat)

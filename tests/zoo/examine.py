@@ -62,6 +62,8 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         result["left out"] = left
     inputs, what, unreached = what_it_runs_on(tiny, base)
     before = cache(lambda: outputs(base, inputs))
+    even = any(mlp.even_because for mlp in base.anatomy.every_mlp if mlp.stack not in left)
+    part = 3 if even else 1.5  # beside a norm over the neurons, which a fraction would change
     checks: dict[str, Callable[[], object]] = {
         "anatomy": lambda: check_anatomy(tiny, base),
         "lines": lambda: check_lines(base, tuned[0]),
@@ -69,13 +71,18 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         "diff": lambda: check_diff(base, tuned[0]),
         "grow 2": lambda: check_growth(base, before, inputs, factor=2),
         "grow 1.5": lambda: check_growth(base, before, inputs, factor=1.5),
-        "some": lambda: check_growth(base, before, inputs, factor=1.5, layers=some(base)),
+        "some": lambda: check_growth(base, before, inputs, factor=part, layers=some(base)),
         "padded": lambda: check_growth(
-            base, before, inputs, factor=1.5, layers=some(base), uniform=True
+            base, before, inputs, factor=part, layers=some(base), uniform=True
         ),
     }
+    if even:
+        checks["grow 3"] = lambda: check_growth(base, before, inputs, factor=part)
     if left:
-        checks["grow all"] = lambda: check_growth(base, before, inputs, factor=1.5, scope="all")
+        whole = any(mlp.even_because for mlp in base.anatomy.every_mlp)
+        checks["grow all"] = lambda: check_growth(
+            base, before, inputs, factor=3 if whole else 1.5, scope="all"
+        )
     refused = {}
     for name, check in checks.items():
         try:

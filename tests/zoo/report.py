@@ -129,6 +129,8 @@ def page(whole: dict[str, Any]) -> str:
         refused = entry["refused"]
         whys = list(refused.values())
         grow = "yes" if "grow 2" not in refused and "grow 1.5" not in refused else "no"
+        if grow == "no" and "a whole factor works" in refused.get("grow 1.5", ""):
+            grow = "by whole factors" if {"grow 2", "grow 3"}.isdisjoint(refused) else "no"
         if left := entry.get("left out"):
             all_of_it = "not with them" if "grow all" in refused else "or all"
             grow += f", without {', '.join(left)}, {all_of_it}"

@@ -1,0 +1,110 @@
+"""What else of an MLP has something for every neuron: a norm over the hidden activation, a
+depthwise convolution between up and down.
+
+Only shapes and places are known here, so what could be two things is taken for the one that allows
+less, and what could be a matrix isn't taken for a follower at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import prod
+
+from surgery.anatomy.mlp import MLP, Follower, bias_name, follows_width, module_of
+from surgery.anatomy.places import Place, Role
+from surgery.tensor import LazyTensor
+
+Tensors = Mapping[str, LazyTensor]
+
+_ROLES = (Role.UNKNOWN, Role.NORM, Role.MLP)
+_STATISTICS = ("running_mean", "running_var")
+
+
+def with_followers(
+    mlp: MLP, loose: Tensors, inside: Tensors, places: Mapping[str, Place]
+) -> tuple[MLP, str | None]:
+    """The MLP with its followers, and the reason why it can't be grown, if there is one: of `loose`
+    others have its width and aren't understood. `inside` is all that is in its block."""
+    block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
+    own = module_of(block, mlp.tensors)
+    found, strange = [], []
+    for name in follows_width(mlp, loose):
+        follower = None
+        if own and mlp.width != mlp.hidden and places[name].role in _ROLES:
+            follower = _follower(name, mlp, own, inside)
+        if follower is None:
+            strange.append(name)
+        else:
+            found.append(follower)
+    said = f"{', '.join(strange)} follows the MLP's width of {mlp.width:,}"
+    return replace(mlp, followers=(*mlp.followers, *found)), said if strange else None
+
+
+def apart(mlps: list[tuple[MLP, str | None]]) -> list[tuple[MLP, str | None]]:
+    """The same, with the reason for those that a follower can't belong to all of."""
+    owners: dict[str, int] = {}
+    for mlp, _ in mlps:
+        for follower in mlp.followers:
+            owners[follower.name] = owners.get(follower.name, 0) + 1
+    made = []
+    for mlp, problem in mlps:
+        shared = [follower.name for follower in mlp.followers if owners[follower.name] > 1]
+        said = f"which of its MLPs {', '.join(shared)} belongs to isn't known"
+        made.append((mlp, problem or said if shared else problem))
+    return made
+
+
+def follower_axis(shape: tuple[int, ...], width: int) -> int | None:
+    """The axis of a follower along which the neurons lie: rows that are theirs alone, or columns.
+    None for a shape that can't be one's."""
+    if shape.count(width) != 1:
+        return None
+    axis = shape.index(width)
+    return axis if axis == len(shape) - 1 or prod(shape[:axis]) == 1 else None
+
+
+def _follower(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None:
+    """A tensor of the MLP's module `own` as a follower; None for what may be anything."""
+    tensor = inside[name]
+    shape, axis = tensor.shape, follower_axis(tensor.shape, mlp.width)
+    if axis is None or len(shape) == 2 or _in_another_module(name, mlp, own, inside):
+        return None
+    if _is_depthwise(name, mlp.width, inside):
+        return Follower(name, axis)
+    if len(shape) == 1:
+        module, _, last = name.rpartition(".")
+        of_kernel = last == "bias" and _is_depthwise(f"{module}.weight", mlp.width, inside)
+        return Follower(name, axis, even=not of_kernel and not _of_batch_norm(module, mlp, inside))
+    vector = prod(shape) == mlp.width and axis in (0, len(shape) - 1)
+    return Follower(name, axis, even=True) if vector else None
+
+
+def _in_another_module(name: str, mlp: MLP, own: str, inside: Tensors) -> bool:
+    """Whether a matrix is beside it that makes it something of that matrix (a scale, a vector of
+    spectral norm), or it belongs to a module with matrices that aren't the MLP's."""
+    module = name.rpartition(".")[0] + "."
+    first = True
+    while len(module) > len(own):
+        matrices = {n for n, t in inside.items() if len(t.shape) == 2 and n.startswith(module)}
+        if matrices - set(mlp.tensors) or (first and matrices):
+            return True
+        module = module[:-1].rpartition(".")[0] + "."
+        first = False
+    return False
+
+
+def _is_depthwise(name: str, width: int, inside: Tensors) -> bool:
+    """Whether it is the kernel of a convolution of each channel by itself, (channels, 1, size...)
+    with more than one value for each."""
+    shape = inside[name].shape if name in inside else ()
+    if len(shape) < 3 or shape[:2] != (width, 1) or prod(shape[2:]) == 1:
+        return False
+    bias = inside.get(bias_name(name))
+    return bias is None or bias.shape == (width,)
+
+
+def _of_batch_norm(module: str, mlp: MLP, inside: Tensors) -> bool:
+    """Whether the module keeps a mean and a variance of each neuron by itself."""
+    kept = [inside.get(f"{module}.{statistic}") for statistic in _STATISTICS]
+    return all(tensor is not None and tensor.shape == (mlp.width,) for tensor in kept)
