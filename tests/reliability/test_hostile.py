@@ -13,12 +13,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import processes
 import pytest
 import yaml
 from conftest import INDEX, entry, safetensors_bytes, write_index
 from surgery.commands.main import app
 from typer.testing import CliRunner, Result
+from zoo.build import build
+from zoo.kinds import kinds_of
 
 from .fuzz.readers import CONFIG, FORBIDDEN, llama, shard
 
@@ -573,6 +576,27 @@ def test_configs_that_a_model_is_built_of(name: str, tmp_path: Path) -> None:
     done = here("verify", one, one)
     assert done.exit_code in ((4,) if said else (0, 3, 4)), (done.exit_code, done.stderr)
     assert said in done.stderr
+
+
+def test_building_a_model_asks_nothing_of_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The class of Jev looks for files of its own, and where there is no folder on the Hub."""
+    [kind] = kinds_of("jev")
+    one = build(kind, tmp_path / "one").folder
+    asked = []
+
+    def refuse(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise OSError("no network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    here("verify", one, one)
+    assert asked == []
+    with pytest.raises(OSError, match="no network"):
+        socket.create_connection(("huggingface.co", 443))
+    assert asked == ["huggingface.co"]
 
 
 CARDS: dict[str, str | bytes] = {
