@@ -106,7 +106,7 @@ def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, A
     module of the MLP or named like a router. In a model whose config says which widths are meant
     it is none where a matrix beside it leads those numbers back to the hidden size, nor outside
     that module where the config says nothing of so many experts: other things are routed too."""
-    known, counts = "model_type" in config, _expert_counts(config)
+    known = "model_type" in config
     module = _module(mlp.down.weight)
     own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
     for name, tensor in tensors.items():
@@ -116,9 +116,9 @@ def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, A
         if not 1 < few < mlp.hidden or mlp.width % few:
             continue
         inside = own and name.startswith(module)
-        if known and (_leads_back(name, mlp, tensors) or not (inside or few in counts or not own)):
+        if not (inside or _CHOICE.search(name)) or (known and _leads_back(name, mlp, tensors)):
             continue
-        if inside or _CHOICE.search(name):
+        if inside or not (known and own) or few in _expert_counts(config):
             return name
     return None
 

@@ -124,11 +124,9 @@ class MLP:
 
         def there(projection: Projection) -> Projection:
             bias = projection.bias
-            return replace(
-                projection,
-                weight=other + projection.weight.removeprefix(module),
-                bias=None if bias is None else other + bias.removeprefix(module),
-            )
+            weight = other + projection.weight.removeprefix(module)
+            bias = None if bias is None else other + bias.removeprefix(module)
+            return Projection(**{**vars(projection), "weight": weight, "bias": bias})
 
         return replace(
             self,
