@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, ValuesView
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,16 @@ class Weights(Mapping[str, LazyTensor]):
 
     def __len__(self) -> int:
         return len(self.tensors)
+
+    # what Mapping has for these asks for each tensor by its name, and there may be 100,000
+    def __contains__(self, name: object) -> bool:
+        return name in self.tensors
+
+    def items(self) -> ItemsView[str, LazyTensor]:
+        return self.tensors.items()
+
+    def values(self) -> ValuesView[LazyTensor]:
+        return self.tensors.values()
 
     @property
     def numel(self) -> int:
