@@ -33,7 +33,7 @@ from surgery.checkpoint import RECORD, Checkpoint
 from surgery.errors import ArgumentError, RecipeError
 from surgery.merging.parameters import unknown
 from surgery.operations.layers import parse_layers
-from surgery.recipe.anatomy_entries import mlp_entries
+from surgery.recipe.anatomy_entries import NUMBER, mlp_entries
 from surgery.recipe.document import Document, Steps, read_documents
 from surgery.recipe.graph import Problems
 from surgery.recipe.parsing import parsed
@@ -275,16 +275,20 @@ def _contradictions(
 
 
 def _role_patterns(anatomy: Anatomy) -> dict[str, str]:
-    """The role of every tensor; one line for all blocks where they agree. Longer names come
-    first: of several patterns that fit, the first counts."""
+    """The role of every tensor; one line for all blocks where they agree, and for all experts.
+    Longer names come first: of several patterns that fit, the first counts."""
     alike: dict[tuple[str, str], dict[str, Role]] = {}
     roles: dict[str, Role] = {}
     for name, place in anatomy.places.items():
         if place.stack is None:
             roles[name] = place.role
         else:
-            alike.setdefault((place.stack, place.inner), {})[name] = place.role
-    for (stack, inner), found in sorted(alike.items(), key=lambda item: -len(item[0][1])):
+            inner = place.inner
+            if place.role is Role.EXPERT and (number := [*NUMBER.finditer(inner)][-1:]):
+                inner = f"{inner[: number[0].start()]}*{inner[number[0].end() :]}"
+            alike.setdefault((place.stack, inner), {})[name] = place.role
+    by_length = sorted(alike.items(), key=lambda item: (-len(item[0][1]), item[0][1].count("*")))
+    for (stack, inner), found in by_length:
         if len(set(found.values())) == 1:
             roles[f"{stack}.*.{inner}" if stack else f"*.{inner}"] = next(iter(found.values()))
         else:

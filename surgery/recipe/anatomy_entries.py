@@ -13,7 +13,8 @@ from surgery.anatomy import MLP, Anatomy, Projection
 from surgery.anatomy.mlp import module_of
 from surgery.anatomy.said import MLPCorrection, bias_names, numbers
 
-_NUMBER = re.compile(r"(?<![^._])[0-9]+(?=[._])")
+NUMBER = re.compile(r"(?<![^._])[0-9]+(?=[._])")
+"""A number in the path of a module."""
 
 
 def mlp_entries(anatomy: Anatomy) -> Iterator[dict[str, Any]]:
@@ -89,7 +90,7 @@ def _starred(form: MLPCorrection) -> MLPCorrection:
     names = [*form.ups, form.down, *(name for name, _ in form.followers)]
     names += [bias for _, bias in form.biases]
     module = module_of("", names)
-    if not (found := list(_NUMBER.finditer(module))):
+    if not (found := list(NUMBER.finditer(module))):
         return form
     start, stop = found[-1].span()
 
