@@ -90,15 +90,6 @@ def test_new_weights_have_values(tmp_path: Path):
     assert max(float(value.detach().abs().max()) for value in made.parameters()) < 10
 
 
-def test_it_doesn_t_grow_again(tmp_path: Path):
-    write(grow(open_checkpoint(model("bark")), factor=2), tmp_path / "grown")
-    once = open_checkpoint(tmp_path / "grown")
-    with pytest.raises(
-        UnsupportedError, match="keys of mlp_module_widths, and can't be grown again"
-    ):
-        grow(once)
-
-
 def test_its_blocks_stay_where_they_are(tmp_path: Path):
     base = open_checkpoint(model("gemma4_audio"))
     write(grow(base, factor=2), tmp_path / "grown")
