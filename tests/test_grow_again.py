@@ -20,6 +20,8 @@ from zoo.kinds import kinds_of
 from surgery import (
     UnsupportedError,
     certify,
+    compose,
+    expand,
     find_growths,
     grow,
     open_checkpoint,
@@ -214,3 +216,53 @@ def test_a_copy_that_is_wrong_is_found(tmp_path: Path) -> None:
     other = grow(once, layers="1", scope="all", factor=1.5, choose="random")[name]
     wrong = replace(twice, tensors={**twice.tensors, name: other})
     assert not certify(once, wrong, growths).holds
+
+
+BLOCKS = {
+    "mixtral": ("2", "2", "2,3"),
+    "gpt_oss": ("0", "0,2", "0,1"),
+    "qwen2_moe": ("1", "1", "1,2"),
+}
+"""Which layers of a mixture are grown, behind which blocks copies are put, and where the grown
+ones are then."""
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_are_added_to_them(name: str, tmp_path: Path) -> None:
+    """Expanding what was grown has the config, and the shapes, of growing what was expanded."""
+    layers, after, moved = BLOCKS[name]
+    base = open_checkpoint(model(name))
+    how: dict[str, Any] = {"factor": 1.5, "experts": "routed"}
+    write(grow(base, layers=layers, **how), tmp_path / "grown")
+    grown = open_checkpoint(tmp_path / "grown")
+    assert "mlp_width_keys" in grown.config
+    made = expand(grown, after=after)
+    write(made, tmp_path / "made")
+    write(grow(expand(base, after=after), layers=moved, **how), tmp_path / "other")
+    for file in ("config.json", CODE):
+        assert (tmp_path / "made" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    assert shapes(tmp_path / "made") == shapes(tmp_path / "other")
+    verify(grown, open_checkpoint(tmp_path / "made"), device="cpu").require()
+    inputs = make_inputs(base).values
+    now, before = (_first(loaded(at), inputs) for at in (tmp_path / "made", model(name)))
+    assert apart(now, before) < SAME
+
+
+def test_blocks_of_two_models_are_put_together(tmp_path: Path) -> None:
+    """One of which was grown; without its grown block no code is needed any more."""
+    base = open_checkpoint(model("mixtral"))
+    write(grow(base, layers="1", factor=2), tmp_path / "grown")
+    grown = open_checkpoint(tmp_path / "grown")
+    made = compose([(base, 0), (grown, 1), (base, 2), (grown, 1), (grown, 0)])
+    keys = [{}, {"intermediate_size": 80}, {}, {"intermediate_size": 80}, {}]
+    assert made.config["mlp_width_keys"] == {"layers": keys}
+    assert made["model.layers.3.block_sparse_moe.experts.2.w1.weight"].shape == (80, 32)
+    write(made, tmp_path / "made")
+    loaded(tmp_path / "made")
+    without = compose([(grown, 0), (grown, 2)])
+    assert without.config == compose([(base, 0), (base, 2)]).config
+    write(without, tmp_path / "without")
+    assert not (tmp_path / "without" / CODE).exists()
+    loaded(tmp_path / "without")
+    same = compose([(grown, at) for at in range(3)])
+    assert same.config == grown.config

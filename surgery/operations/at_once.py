@@ -20,7 +20,7 @@ from surgery.modeling.layers import shapes_of, stored_shapes
 from surgery.modeling.module_widths import classes_by_modules
 from surgery.modeling.stock import known, model_class
 from surgery.modeling.width_keys import as_stored, find_prefixes
-from surgery.modeling.widths import without_auto_map
+from surgery.modeling.widths import MODELING_FILE, without_auto_map
 from surgery.values import zeros
 
 KEYS = (WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY)
@@ -41,7 +41,8 @@ def grown_at_once(base: Checkpoint, growths: Sequence[Growth]) -> tuple[Checkpoi
         name: zeros(shapes[name], tensor.dtype) if name in shapes else tensor
         for name, tensor in base.items()
     }
-    made = replace(base, tensors=tensors, config=config)
+    companions = {k: v for k, v in base.companions.items() if k != MODELING_FILE}
+    made = replace(base, tensors=tensors, config=config, companions=companions)
     vars(made)["anatomy"] = _with_mlps(base.anatomy, before)
     after = {growth.mlp: growth.width for growth in growths}
     widths = {mlp: after.get(mlp, mlp.width) for mlp in before}
