@@ -8,12 +8,15 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 from conftest import save_raw
 from families import EVERY, SAME, apart, build, load, outputs, variant
+from hypothesis import given
+from hypothesis import strategies as st
 from mixtures import EVERY_MIXTURE, build_mixture
 from zoo.build import build as build_kind
 from zoo.kinds import kinds_of
@@ -407,3 +410,99 @@ def test_what_strangers_say_of_experts_is_not_believed(spoilt: dict[str, object]
     assert as_data(from_data(stored)) == stored
     with pytest.raises(ValueError, match=r" (is|has|have|isn't|one of|are) "):
         from_data({**stored, "mlps": [{**ENTRY, **spoilt}]})
+
+
+# Every layout, by a formula
+
+
+@st.composite
+def layouts(draw: st.DrawFn) -> dict[str, Any]:
+    """How the experts of a block are stored: whatever can be said together."""
+    where = draw(st.sampled_from(["one by one", "stacked", "below each other"]))
+    parts = draw(st.sampled_from([1, 2]))
+    gated = parts == 1 and draw(st.booleans())
+    return {
+        "where": where,
+        "parts": parts,
+        "gated": gated,
+        "interleaved": parts == 2 and draw(st.booleans()),
+        "in_out": where != "below each other" and draw(st.booleans()),
+        "biases": where != "below each other" and draw(st.booleans()),
+        "experts": draw(st.integers(2, 3)),
+        "width": draw(st.integers(2, 5)),
+        "kind": draw(st.sampled_from(["routed", "shared"])),
+    }
+
+
+def stored(how: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """One block of such experts of hidden size 7, and the entry that says them."""
+    count, width, parts = how["experts"], how["width"], how["parts"]
+    ups = ["a", "b"] if how["gated"] else ["a"]
+    shapes = {**dict.fromkeys(ups, (parts * width, 7)), "c": (7, width)}
+    tensors: dict[str, torch.Tensor] = {}
+    single = how["where"] == "one by one"
+    for name, shape in shapes.items():
+        whole = torch.randn(count, *shape)
+        whole = whole.mT.contiguous() if how["in_out"] else whole
+        if how["where"] == "below each other":
+            whole = (whole.mT if name == "c" else whole).reshape(-1, 7)
+        biases = {f"{name}_": torch.randn(count, shape[0])} if how["biases"] else {}
+        for key, value in {name: whole, **biases}.items():
+            tensors |= {f"e.{n}.{key}": value[n] for n in range(count)} if single else {key: value}
+    dot = "e.*." if single else ""
+    entry: dict[str, Any] = {"stack": "s", "kind": how["kind"], "ups": [dot + up for up in ups]}
+    entry |= {"down": f"{dot}c", "parts": parts, "in_out": how["in_out"]}
+    entry |= {"interleaved": how["interleaved"]}
+    entry |= {"biases": {dot + n: f"{dot}{n}_" for n in shapes} if how["biases"] else {}}
+    entry |= {"experts": count} if how["where"] == "below each other" else {}
+    return {f"s.0.{name}": value.contiguous() for name, value in tensors.items()}, entry
+
+
+def computed(tensors: Mapping[str, torch.Tensor], how: Mapping[str, Any]) -> torch.Tensor:
+    """What every expert makes of some states, in float64."""
+    count, x = how["experts"], torch.linspace(-1, 1, 21, dtype=torch.float64).reshape(3, 7)
+
+    def of(name: str, expert: int) -> torch.Tensor | float:
+        if how["where"] == "one by one":
+            found = tensors.get(f"s.0.e.{expert}.{name}")
+        elif (found := tensors.get(f"s.0.{name}")) is not None:
+            below = how["where"] == "below each other"
+            found = found.reshape(count, -1, 7)[expert] if below else found[expert]
+            found = found.T if below and name == "c" else found
+        if found is None:
+            return 0.0
+        return found.double().T if how["in_out"] and found.ndim == 2 else found.double()
+
+    results = []
+    for expert in range(count):
+        lead = [
+            x @ of(up, expert).T + of(f"{up}_", expert) for up in ("a", "b")[: 1 + how["gated"]]
+        ]
+        if how["parts"] == 2:
+            [both] = lead
+            half = both.shape[1] // 2
+            two = how["interleaved"]
+            lead = [both[:, ::2], both[:, 1::2]] if two else [both[:, :half], both[:, half:]]
+        inner = torch.tanh(lead[0]) * (lead[1] if len(lead) == 2 else 1)
+        results.append(inner @ of("c", expert).T + of("c_", expert))
+    return torch.stack(results)
+
+
+@given(how=layouts(), grown_by=st.integers(1, 7))
+def test_experts_in_any_layout(
+    how: dict[str, Any], grown_by: int, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    folder = tmp_path_factory.mktemp("layouts")
+    tensors, entry = stored(how)
+    text = yaml.safe_dump({"stacks": {"s": 1}, "mlps": [entry]})
+    base = correct_anatomy(open_checkpoint(save_raw(folder / "m", tensors)), file(folder, text))
+    mlps = base.anatomy.experts["s", 0]
+    assert [(mlp.width, mlp.hidden, mlp.kind) for mlp in mlps] == [
+        (how["width"], 7, how["kind"])
+    ] * (how["experts"] if how["where"] == "one by one" else 1)
+    printed = file(folder / "again", anatomy_yaml(base.anatomy))
+    assert correct_anatomy(base, printed).anatomy == base.anatomy
+    grown = grow(base, width=how["width"] + grown_by)
+    after = {name: tensor.whole() for name, tensor in grown.items()}
+    assert sum(map(torch.numel, after.values())) > sum(map(torch.numel, tensors.values()))
+    assert torch.allclose(computed(after, how), computed(tensors, how), rtol=1e-9, atol=1e-6)
