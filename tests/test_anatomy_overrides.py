@@ -11,8 +11,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import save_raw
-from families import EVERY, build
-from mixtures import EVERY_MIXTURE, build_mixture
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -32,7 +30,7 @@ from surgery import (
 )
 from surgery.anatomy import Corrections, Role
 from surgery.anatomy.stored import as_data
-from surgery.recipe import anatomy_yaml, correct_anatomy, load_recipe
+from surgery.recipe import correct_anatomy, load_recipe
 from surgery.recipe.chain import open_inputs
 
 Make = Callable[..., Path]
@@ -190,15 +188,6 @@ mlps:
     assert gated == {0: True, 1: True, 2: False, 3: False}
     roles = [expanded.places[f"model.layers.{n}.self_attn.q_proj.weight"].role for n in range(4)]
     assert roles == [Role.ATTENTION, Role.ATTENTION, Role.UNKNOWN, Role.UNKNOWN]
-
-
-@pytest.mark.parametrize("name", [*EVERY, *EVERY_MIXTURE])
-def test_what_is_printed_reads_back(name: str, tmp_path: Path):
-    given = open_checkpoint(build(name) if name in EVERY else build_mixture(name))
-    read = correct_anatomy(given, file(tmp_path, anatomy_yaml(given.anatomy)))
-    assert read.anatomy == given.anatomy
-    assert read.corrections.stacks
-    assert bool(read.corrections.mlps) == bool(given.anatomy.mlps)
 
 
 # What can't be meant

@@ -313,3 +313,22 @@ def test_the_anatomy_is_printed_without_scales(dense: Path, tmp_path: Path):
     (tmp_path / "anatomy.yaml").write_text(printed)
     given = open_checkpoint(dense)
     assert correct_anatomy(given, tmp_path / "anatomy.yaml").anatomy == given.anatomy
+
+
+def test_a_mixture_is_printed_and_grows_again(tmp_path: Path):
+    from surgery.recipe import anatomy_yaml
+
+    three = EXPERTS | {"num_hidden_layers": 3}
+    source = save_mixture("deepseek_v3", tmp_path / "full", "bfloat16", **three)
+    base = open_checkpoint(as_fp8(source, tmp_path / "deepseek"))
+    assert base.scales is not None
+    path = tmp_path / "anatomy.yaml"
+    path.write_text(anatomy_yaml(base.anatomy, leave_out=base.scales.weight_of))
+    read = correct_anatomy(base, path)
+    assert read.anatomy == base.anatomy
+    write(grow(read, layers="1", factor=2), tmp_path / "once")
+    once = open_checkpoint(tmp_path / "once")
+    assert "mlp_width_keys" in once.config
+    twice = grow(once, layers="2")
+    assert certify(once, twice, find_growths(once, twice)).holds
+    assert twice.config == grow(base, layers="1,2").config

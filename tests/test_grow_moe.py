@@ -30,7 +30,6 @@ from surgery import (
     ArgumentError,
     UnsupportedError,
     certify,
-    expand,
     find_growths,
     grow,
     open_checkpoint,
@@ -345,11 +344,6 @@ def test_kinds_of_one_key_grow_apart_with_the_code_beside_the_shards(tmp_path: P
         config_of(tmp_path / "grown")["intermediate_size"] == config_of(base)["intermediate_size"]
     )
     assert apart(outputs(tmp_path / "grown", trust=True), base_outputs("jamba")) < SAME
-    again = open_checkpoint(tmp_path / "grown")
-    with pytest.raises(UnsupportedError, match="can't be grown again"):
-        grow(again)
-    with pytest.raises(UnsupportedError, match="mlp_width_keys"):
-        expand(again, copies=1)
 
 
 def test_kinds_of_one_key_are_padded_together(tmp_path: Path):

@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import transformers
 from families import ROOT, SAME, apart, config_of, quiet
@@ -16,7 +15,6 @@ from zoo.examine import outputs
 from zoo.kinds import kinds_of
 
 from surgery import (
-    UnsupportedError,
     certify,
     compose,
     find_growths,
@@ -90,17 +88,11 @@ def test_new_weights_have_values(tmp_path: Path):
     assert max(float(value.detach().abs().max()) for value in made.parameters()) < 10
 
 
-def test_it_doesn_t_grow_again(tmp_path: Path):
-    write(grow(open_checkpoint(model("bark")), factor=2), tmp_path / "grown")
-    once = open_checkpoint(tmp_path / "grown")
-    with pytest.raises(
-        UnsupportedError, match="keys of mlp_module_widths, and can't be grown again"
-    ):
-        grow(once)
-
-
-def test_its_blocks_stay_where_they_are(tmp_path: Path):
+def test_its_blocks_are_taken_with_their_widths(tmp_path: Path):
     base = open_checkpoint(model("gemma4_audio"))
     write(grow(base, factor=2), tmp_path / "grown")
-    with pytest.raises(UnsupportedError, match=r"keys of mlp_module_widths in config\.json"):
-        compose([(open_checkpoint(tmp_path / "grown"), 0)])
+    write(compose([(open_checkpoint(tmp_path / "grown"), 0)]), tmp_path / "first")
+    write(grow(compose([(base, 0)]), factor=2), tmp_path / "other")
+    for file in ("config.json", "modeling_mlp_widths.py"):
+        assert (tmp_path / "first" / file).read_bytes() == (tmp_path / "other" / file).read_bytes()
+    loaded(tmp_path / "first")

@@ -4,10 +4,11 @@ It only annotates: the files say which tensors there are, and one that isn't rec
 reported and copied byte for byte.
 """
 
-from surgery.anatomy.corrections import Corrections, MLPCorrection
+from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.infer import Anatomy, infer
 from surgery.anatomy.mlp import MLP, Kind, Projection
 from surgery.anatomy.places import Place, Role
+from surgery.anatomy.said import MLPCorrection
 from surgery.anatomy.tying import settled_config, untied_config
 
 __all__ = [

@@ -7,105 +7,18 @@ of a model that was widened or got more blocks.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
-from surgery.anatomy.followers import follower_axis, with_followers
-from surgery.anatomy.mlp import MLP, Follower, Projection
+from surgery.anatomy.followers import apart, with_followers
+from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, place_in_block
+from surgery.anatomy.said import MLPCorrection
 from surgery.tensor import LazyTensor
 
 Key = tuple[str, int]
 Tensors = Mapping[str, LazyTensor]
-
-
-@dataclass(frozen=True)
-class MLPCorrection:
-    """The MLP of some blocks of `stack` (of all where `blocks` is None), by the names of its
-    matrices inside a block; `parts`, `in_out` and `interleaved` as in `Projection`. `followers` are
-    those that the inference doesn't find: by name, and whether they are `even` (see `Follower`)."""
-
-    stack: str
-    ups: tuple[str, ...]
-    down: str
-    parts: int = 1
-    in_out: bool = False
-    blocks: frozenset[int] | None = None
-    interleaved: bool = False
-    followers: tuple[tuple[str, bool], ...] = ()
-
-    def meant_for(self, stack: str, block: int) -> bool:
-        """Whether it speaks of that block."""
-        return stack == self.stack and (self.blocks is None or block in self.blocks)
-
-    def problems(self, tensors: Tensors, block: int) -> list[str]:
-        """Why the matrices of a block can't be that MLP."""
-        names = [self.name(block, inner) for inner in (*self.ups, self.down)]
-        others = [self.name(block, inner) for inner, _ in self.followers]
-        missing = [f"there is no {name}" for name in (*names, *others) if name not in tensors]
-        flat = [
-            f"{name} is {list(tensors[name].shape)}, and no matrix"
-            for name in names
-            if name in tensors and len(tensors[name].shape) != 2
-        ]
-        if missing or flat:
-            return missing + flat
-        *ups, down = names
-        hidden, width = self._sides(tensors[down])
-        wanted = [self.parts * width, hidden]
-        if self.in_out:
-            wanted.reverse()
-        return [
-            f"{name} is {list(tensors[name].shape)}, and beside {down}, which is "
-            f"{list(tensors[down].shape)}, it would be {wanted}"
-            for name in ups
-            if list(tensors[name].shape) != wanted
-        ] + [
-            f"{name} is {list(tensors[name].shape)}, and has to have {width} once, as its first "
-            f"size behind ones or as its last"
-            for name in others
-            if follower_axis(tensors[name].shape, width) is None
-        ]
-
-    def mlp(self, tensors: Tensors, block: int) -> MLP:
-        """The MLP of a block that it fits."""
-        hidden, width = self._sides(tensors[self.name(block, self.down)])
-        return MLP(
-            stack=self.stack,
-            block=block,
-            ups=tuple(self._projection(tensors, block, inner, self.parts) for inner in self.ups),
-            down=self._projection(tensors, block, self.down, 1),
-            width=width,
-            hidden=hidden,
-            followers=tuple(self._followers(tensors, block, width)),
-        )
-
-    def _followers(self, tensors: Tensors, block: int, width: int) -> Iterator[Follower]:
-        for inner, even in self.followers:
-            name = self.name(block, inner)
-            if (axis := follower_axis(tensors[name].shape, width)) is not None:
-                yield Follower(name, axis, even)
-
-    def name(self, block: int, inner: str) -> str:
-        """The full name of a tensor of a block."""
-        return f"{self.stack}.{block}.{inner}" if self.stack else f"{block}.{inner}"
-
-    def _sides(self, down: LazyTensor) -> tuple[int, int]:
-        """The hidden size and the width, of the down projection."""
-        rows, columns = down.shape
-        return (columns, rows) if self.in_out else (rows, columns)
-
-    def _projection(self, tensors: Tensors, block: int, inner: str, parts: int) -> Projection:
-        name = self.name(block, inner)
-        bias = name.removesuffix("weight") + "bias"
-        return Projection(
-            name,
-            bias if bias in tensors else None,
-            self.in_out,
-            parts,
-            interleaved=self.interleaved and parts == 2,
-        )
 
 
 @dataclass(frozen=True)
@@ -169,28 +82,54 @@ class Corrections:
             if (role := self.role(name)) is not None:
                 places[name] = replace(places[name], role=role)
 
-    def put_mlps(
-        self,
-        tensors: Tensors,
-        places: Mapping[str, Place],
-        mlps: dict[Key, MLP],
-        no_growth: dict[Key, str],
-    ) -> None:
-        """Put right the MLPs that were inferred, and why some can't be grown."""
-        blocks: dict[Key, dict[str, LazyTensor]] = {}
-        for name, place in places.items():
-            if place.stack is not None and place.block is not None:
-                blocks.setdefault((place.stack, place.block), {})[name] = tensors[name]
+    def said(self, blocks: Mapping[Key, Tensors]) -> dict[Key, tuple[MLP, ...]]:
+        """The MLPs that are said to be in each block, by what fits what is inside. Of several that
+        claim a tensor, the last counts."""
+        found: dict[Key, list[MLP]] = {}
         for correction in self.mlps:
             for (stack, block), inside in blocks.items():
-                if not correction.meant_for(stack, block) or correction.problems(tensors, block):
+                if not correction.meant_for(stack, block) or correction.problems(inside, block):
                     continue
-                no_growth.pop((stack, block), None)
-                loose = {n: t for n, t in inside.items() if places[n].role is not Role.ATTENTION}
-                mlp, problem = with_followers(correction.mlp(tensors, block), loose, inside, places)
-                mlps[stack, block] = mlp
-                if problem is not None:
-                    no_growth[stack, block] = problem
+                made = correction.mlps(inside, block)
+                theirs = {name for mlp in made for name in mlp.tensors}
+                before = found.get((stack, block), [])
+                kept = [mlp for mlp in before if theirs.isdisjoint(mlp.tensors)]
+                found[stack, block] = kept + made
+        return {key: tuple(mlps) for key, mlps in found.items()}
+
+
+def put_plain(
+    said: Mapping[Key, Sequence[MLP]],
+    blocks: Mapping[Key, Tensors],
+    places: Mapping[str, Place],
+    mlps: dict[Key, MLP],
+    several: dict[Key, tuple[MLP, ...]],
+    no_growth: dict[Key, str],
+) -> None:
+    """Put right the plain MLPs that were inferred, and why some can't be grown."""
+    for key, every in said.items():
+        plain = [mlp for mlp in every if mlp.kind == "dense"]
+        if not plain:
+            continue
+        experts = names_of(mlp for mlp in every if mlp.kind != "dense")
+        inside = {name: t for name, t in blocks[key].items() if name not in experts}
+        loose = {name: t for name, t in inside.items() if places[name].role is not Role.ATTENTION}
+        found = [with_followers(mlp, loose, inside, places) for mlp in plain]
+        no_growth.pop(key, None)
+        mlps.pop(key, None)
+        several.pop(key, None)
+        if len(found) == 1:
+            [(mlps[key], _)] = found
+        else:
+            found = apart(found)
+            several[key] = tuple(mlp for mlp, _ in found)
+        if problems := [problem for _, problem in found if problem is not None]:
+            no_growth[key] = "; ".join(problems)
+
+
+def names_of(mlps: Iterable[MLP]) -> set[str]:
+    """All tensors of these MLPs."""
+    return {name for mlp in mlps for name in (*mlp.tensors, mlp.down.bias) if name is not None}
 
 
 def block_of(name: str, stack: str) -> tuple[int, str] | None:

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from surgery.anatomy.corrections import Corrections
+from surgery.anatomy.corrections import Corrections, put_plain
 from surgery.anatomy.dense import find_dense
-from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.hidden import hidden_sizes
-from surgery.anatomy.layout import told_layouts, what_is_not_told
+from surgery.anatomy.layout import told_layouts
 from surgery.anatomy.letters import place_attention
+from surgery.anatomy.mixtures import find_mixtures, not_understood, place_experts, place_routers
 from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role, find_places
 from surgery.anatomy.sparsity import note_sparse_activations
@@ -112,16 +112,16 @@ def infer(
     in_blocks = _in_blocks(tensors, places)
     sizes = hidden_sizes(tensors, places, hidden)
     layouts = told_layouts(tensors, places, sizes)
-    experts = _experts(in_blocks, places, sizes, config, layouts)
+    said = corrections.said(in_blocks)
+    experts = find_mixtures(in_blocks, places, sizes, config, part, layouts, said)
     found = find_dense(tensors, places, sizes, _all_widths(config), experts, layouts, config)
     mlps, no_growth = found.mlps, found.no_growth
-    corrections.put_mlps(tensors, places, mlps, no_growth)
+    put_plain(said, in_blocks, places, mlps, found.several, no_growth)
+    no_growth |= not_understood(experts)
     note_sparse_activations(mlps, stacks, part)
     several = {key: these for key, these in found.several.items() if key not in mlps}
-    for key in (name for found in experts.values() for name in found.tensors):
-        if places[key].role is Role.UNKNOWN:
-            places[key] = replace(places[key], role=Role.EXPERT)
-    _place_routers(tensors, places, in_blocks, experts)
+    place_experts(places, experts, said, corrections)
+    place_routers(tensors, places, in_blocks, experts)
     in_blocks_too = [mlp for these in several.values() for mlp in these]
     for mlp in (*mlps.values(), *in_blocks_too):
         norms = {f.name for f in mlp.followers if places[f.name].role is Role.NORM}
@@ -186,63 +186,6 @@ def _in_blocks(
         if place.stack is not None and place.block is not None:
             blocks[place.stack, place.block][name] = tensors[name]
     return blocks
-
-
-def _experts(
-    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
-    places: Mapping[str, Place],
-    hidden: Mapping[tuple[str, int], int | None],
-    config: Mapping[str, Any],
-    layouts: Mapping[str, Collection[bool]],
-) -> dict[tuple[str, int], Experts]:
-    """The experts of every block that has some."""
-    found, part = {}, text_config(config)
-    for key, block in blocks.items():
-        roles = (Role.UNKNOWN, Role.EXPERT)
-        inside = {name: tensor for name, tensor in block.items() if places[name].role in roles}
-        if (size := hidden[key]) is None:
-            continue
-        told, choices = layouts[key[0]], _choices(block, size)
-        experts = find_experts(*key, inside, size, part, choices, in_out=told == {True})
-        doubts = [what_is_not_told(mlp, {}, told, config) for mlp in experts.mlps]
-        experts.problems += dict.fromkeys(filter(None, doubts))
-        left = [
-            name
-            for name in inside
-            if places[name].role is Role.EXPERT and name not in experts.tensors
-            if "attention" not in name and left_over(name, inside[name])
-        ]
-        if left:
-            experts.problems.append(f"what {', '.join(sorted(left))} does isn't known")
-        if left or any(mlp.kind == "routed" for mlp in experts.mlps) or experts.problems:
-            found[key] = experts  # what is shared by no others is a plain MLP
-    return found
-
-
-def _place_routers(
-    tensors: Mapping[str, LazyTensor],
-    places: dict[str, Place],
-    blocks: Mapping[tuple[str, int], Mapping[str, LazyTensor]],
-    experts: Mapping[tuple[str, int], Experts],
-) -> None:
-    """Give the role to a matrix without one that has a row for each expert beside it."""
-    for key, found in experts.items():
-        routed = [mlp for mlp in found.mlps if mlp.kind == "routed"]
-        if not routed:
-            continue
-        shape = routed[0].down.experts or len(routed), routed[0].hidden
-        fitting = [name for name in blocks[key] if tensors[name].shape == shape]
-        if any(places[name].role is Role.ROUTER for name in fitting):
-            continue  # another of that shape is an adapter beside it
-        for name in fitting:
-            if places[name].role is Role.UNKNOWN:
-                places[name] = replace(places[name], role=Role.ROUTER)
-
-
-def _choices(block: Mapping[str, LazyTensor], hidden: int) -> set[int]:
-    """Between how many things a matrix of the block may choose."""
-    matrices = [set(t.shape) for t in block.values() if len(t.shape) == 2 and hidden in t.shape]
-    return set().union(*matrices) - {hidden}
 
 
 def _embedding(

@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from surgery.anatomy.corrections import Corrections, MLPCorrection
+from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.places import Role
+from surgery.anatomy.said import KINDS, MLPCorrection
 
 KEY = "anatomy"
 """Where it is in the record."""
@@ -19,6 +20,15 @@ MOST = 20_000
 """Entries of a list; what a user writes has a few."""
 LONGEST = 500
 """Characters of a name."""
+NOT_WRITTEN: dict[str, Any] = {
+    "followers": [],
+    "kind": "dense",
+    "biases": [],
+    "experts": None,
+    "idle": 0,
+    "sparse": None,
+}
+"""What is meant by a key of an MLP that isn't there."""
 
 
 def as_data(corrections: Corrections) -> dict[str, Any]:
@@ -35,15 +45,23 @@ def as_data(corrections: Corrections) -> dict[str, Any]:
                 "in_out": mlp.in_out,
                 "interleaved": mlp.interleaved,
                 "blocks": None if mlp.blocks is None else sorted(mlp.blocks),
-                **({"followers": _followers(mlp)} if mlp.followers else {}),
+                **{key: value for key, value in _more(mlp).items() if value != NOT_WRITTEN[key]},
             }
             for mlp in corrections.mlps
         ],
     }
 
 
-def _followers(mlp: MLPCorrection) -> list[list[Any]]:
-    return [[name, even] for name, even in mlp.followers]
+def _more(mlp: MLPCorrection) -> dict[str, Any]:
+    """What most have nothing of."""
+    return {
+        "followers": [[name, even] for name, even in mlp.followers],
+        "kind": mlp.kind,
+        "biases": [list(pair) for pair in mlp.biases],
+        "experts": mlp.experts,
+        "idle": mlp.idle,
+        "sparse": mlp.sparse,
+    }
 
 
 def from_data(data: Any) -> Corrections:
@@ -60,21 +78,23 @@ def from_data(data: Any) -> Corrections:
 
 
 def _mlp(data: Any) -> MLPCorrection:
-    keys = {"stack", "ups", "down", "parts", "in_out", "interleaved", "blocks", "followers"}
-    if isinstance(data, Mapping):  # where there are none it isn't written
-        data = {"followers": [], **data}
+    keys = {"stack", "ups", "down", "parts", "in_out", "interleaved", "blocks", *NOT_WRITTEN}
+    if isinstance(data, Mapping):
+        data = {**NOT_WRITTEN, **data}
     entry = _table(data, keys)
-    ups, blocks = tuple(map(_name, _list(entry["ups"]))), entry["blocks"]
+    ups, blocks, sparse = tuple(map(_name, _list(entry["ups"]))), entry["blocks"], entry["sparse"]
     parts, in_out = entry["parts"], entry["in_out"]
     if type(parts) is not int or (len(ups), parts) not in ((1, 1), (1, 2), (2, 1)):
         raise ValueError("an MLP has one or two ups, or both in one matrix")
     if type(in_out) is not bool or type(entry["interleaved"]) is not bool:
         raise ValueError("in_out and interleaved are true or false")
-    if entry["interleaved"] and parts != 2:
-        raise ValueError("only gate and up in one matrix are interleaved")
     if blocks is not None and any(type(block) is not int or block < 0 for block in _list(blocks)):
         raise ValueError("blocks are numbers from 0")
-    return MLPCorrection(
+    if entry["kind"] not in KINDS:
+        raise ValueError(f"kind is one of {', '.join(KINDS)}")
+    if type(entry["idle"]) is not int or type(entry["experts"]) not in (int, type(None)):
+        raise ValueError("experts and idle are numbers")
+    made = MLPCorrection(
         _name(entry["stack"]),
         ups,
         _name(entry["down"]),
@@ -83,7 +103,15 @@ def _mlp(data: Any) -> MLPCorrection:
         None if blocks is None else frozenset(blocks),
         entry["interleaved"],
         tuple(map(_follower, _list(entry["followers"]))),
+        entry["kind"],
+        tuple(map(_bias, _list(entry["biases"]))),
+        entry["experts"],
+        entry["idle"],
+        None if sparse is None else _name(sparse),
     )
+    for key, mistake in made.mistakes():
+        raise ValueError(f"{key}: {mistake}")
+    return made
 
 
 def _follower(data: Any) -> tuple[str, bool]:
@@ -91,6 +119,13 @@ def _follower(data: Any) -> tuple[str, bool]:
     if len(entry) != 2 or type(entry[1]) is not bool:
         raise ValueError("a follower has a name, and whether its neurons are copied evenly")
     return _name(entry[0]), entry[1]
+
+
+def _bias(data: Any) -> tuple[str, str]:
+    entry = _list(data)
+    if len(entry) != 2:
+        raise ValueError("a bias has the name of its weight and its own")
+    return _name(entry[0]), _name(entry[1])
 
 
 def _table(data: Any, keys: set[str]) -> Mapping[str, Any]:

@@ -61,7 +61,7 @@ def find_width_keys(
     Raises NotComparableError where the stock model of `config` hasn't got those tensors.
     """
     now = _shapes(config) if known(config) else None
-    prefixes = _prefixes(now, have, wanted) if now is not None else None
+    prefixes = find_prefixes(now, have, wanted) if now is not None else None
     if now is None or prefixes is None:
         raise NotComparableError(
             "the model that transformers makes of this config doesn't have the tensors of these "
@@ -152,7 +152,7 @@ def as_stored(name: str, prefixes: tuple[str, str]) -> str:
     return add + name.removeprefix(cut)
 
 
-def _prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] | None:
+def find_prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] | None:
     """What to put before a name, and what to take from it, to have the stock model's. Files of a
     base model lack the prefix that a model with a head has, and the other way round. Blocks that
     the stock class ignores (those that predict further tokens) don't count, if they change as the

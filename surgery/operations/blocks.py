@@ -11,10 +11,12 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.anatomy import Corrections, Role
-from surgery.anatomy.infer import MODULE_WIDTHS_KEY, WIDTH_KEYS_KEY, WIDTHS_KEY, text_config
+from surgery.anatomy.infer import WIDTHS_KEY, text_config
 from surgery.checkpoint import Checkpoint, Edit, joint_history
 from surgery.errors import ArgumentError, MismatchError, UnsupportedError
+from surgery.growth import Growth
 from surgery.modeling.widths import MODELING_FILE
+from surgery.operations.at_once import KEYS, grown_at_once
 from surgery.operations.block_config import (
     Block,
     composed_config,
@@ -24,7 +26,7 @@ from surgery.operations.block_config import (
 )
 from surgery.operations.pairs import check_unquantized
 from surgery.operations.tying import separate_head, unlike_vocabularies, with_tying
-from surgery.operations.widths import settle_widths, stock_widths
+from surgery.operations.widths import settle_widths, stock_widths, widened_config
 from surgery.tensor import LazyTensor
 
 _TOWER = re.compile(
@@ -73,15 +75,10 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
     models = distinct(before, *(model for model, _ in blocks), after)
     check_unquantized(**{f"model {at}": model for at, model in enumerate(models, 1)})
     stack = _shared_stack(models)
-    names = {id(model): names_by_block(model, stack) for model in models}
-    UnsupportedError.raise_if(
-        f"{model.source.reference} was grown so that its layers differ by the keys of "
-        f"{key} in config.json, and those don't follow its blocks yet"
-        for model in models
-        for key in (WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY)
-        if key in model.config
-    )
     _check_there(blocks, stack)
+    if any(not model.config.keys().isdisjoint(KEYS) for model in models):
+        return _assembled_grown(blocks, before, after, stack)
+    names = {id(model): names_by_block(model, stack) for model in models}
     MismatchError.raise_if(
         [
             *_unlike(blocks, before, stack, names),
@@ -91,18 +88,10 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
         ]
     )
     _check_sides(before, after)
-    early = _on_one_side(before, stack, late=False)
-    late = _on_one_side(after, stack, late=True)
-    untied = before is not after and separate_head(before, after, late)
+    tensors, untied = _tensors(blocks, before, after, stack)
     config = composed_config(before, after, blocks, stack)
     if untied and config:
         config = with_tying(config, tied=False)
-    inside = {
-        f"{stack}.{new}.{inner}" if stack else f"{new}.{inner}": model[name]
-        for new, (model, at) in enumerate(blocks)
-        for inner, name in names[id(model)][at].items()
-    }
-    tensors = _in_order(before, {**early, **late}, inside, stack)
     notes = dict.fromkeys(note for model in models for note in model.notes)
     notes |= dict.fromkeys(unchecked(config))
     corrections = _corrections(blocks, models, stack)
@@ -110,6 +99,50 @@ def assemble(blocks: Sequence[Block], before: Checkpoint, after: Checkpoint) -> 
         before, tensors=tensors, config=config, notes=tuple(notes), corrections=corrections
     )
     return _with_widths(draft, models, stack)
+
+
+def _tensors(
+    blocks: Sequence[Block], before: Checkpoint, after: Checkpoint, stack: str
+) -> tuple[dict[str, LazyTensor], bool]:
+    """All tensors by their new names, and whether there is a head of its own now."""
+    models = distinct(*(model for model, _ in blocks))
+    names = {id(model): names_by_block(model, stack) for model in models}
+    early = _on_one_side(before, stack, late=False)
+    late = _on_one_side(after, stack, late=True)
+    untied = before is not after and separate_head(before, after, late)
+    inside = {
+        f"{stack}.{new}.{inner}" if stack else f"{new}.{inner}": model[name]
+        for new, (model, at) in enumerate(blocks)
+        for inner, name in names[id(model)][at].items()
+    }
+    return _in_order(before, {**early, **late}, inside, stack), untied
+
+
+def _assembled_grown(
+    blocks: Sequence[Block], before: Checkpoint, after: Checkpoint, stack: str
+) -> Checkpoint:
+    """The same of models some of which were grown so that layers differ by keys of our own: what
+    their stock models make, grown by as much at once."""
+    stock = {
+        id(model): model if model.config.keys().isdisjoint(KEYS) else grown_at_once(model, ())[0]
+        for model in (before, *(model for model, _ in blocks), after)
+    }
+    plain = [(stock[id(model)], at) for model, at in blocks]
+    draft = assemble(plain, stock[id(before)], stock[id(after)])
+    tensors, _ = _tensors(blocks, before, after, stack)
+    growths = []
+    for mlp in draft.anatomy.all_mlps:
+        axis, name = mlp.down.axis(down=True), mlp.down.weight
+        width = tensors[name].shape[axis] // (draft[name].shape[axis] // mlp.width)
+        if width != mlp.width:
+            growths.append(Growth(mlp, width, (), padding=width - mlp.width))
+    config, companions = widened_config(draft, growths) if growths else (None, None)
+    return replace(
+        draft,
+        tensors=tensors,
+        config=draft.config if config is None else config,
+        companions=draft.companions if companions is None else companions,
+    )
 
 
 def _corrections(blocks: Sequence[Block], models: Sequence[Checkpoint], stack: str) -> Corrections:

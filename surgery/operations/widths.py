@@ -31,6 +31,7 @@ from surgery.modeling.width_keys import (
     with_values,
 )
 from surgery.modeling.widths import MODELING_FILE, modeling_file, without_auto_map
+from surgery.operations.at_once import grown_at_once
 
 
 def widened_config(
@@ -47,12 +48,8 @@ def widened_config(
     config = without_auto_map(base.settled_config)
     if not config:
         return config, companions  # tensors alone: there is no loader to tell
-    for key in (WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY):
-        if key in config:
-            raise UnsupportedError(
-                f"{base.source.reference} was grown before so that its layers differ by the keys "
-                f"of {key}, and can't be grown again: grow what that was made of"
-            )
+    if not config.keys().isdisjoint((WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY)):
+        return widened_config(*grown_at_once(base, growths), stock=stock)
     try:
         return _by_its_own_keys(base, config, companions, growths)
     except UnsupportedError:

@@ -5,13 +5,20 @@ roles: {"*.router.*": router, lm_head.weight: head}
 mlps:
   - {stack: model.layers, blocks: "0-3", ups: [ffn.a.weight], down: ffn.b.weight, parts: 2}
   - {stack: tower, ups: [a.weight], down: b.weight, followers: {c.weight: each, n.weight: all}}
+  - {stack: moe, kind: routed, ups: [ffn.*.g.weight, ffn.*.u.weight], down: ffn.*.d.weight, idle: 2}
+  - {stack: moe, kind: shared, ups: [both], down: back, parts: 2, biases: {both: both_b}}
 
 Followers are tensors that go by neuron too: `each` acts on a neuron by itself, as a depthwise
-convolution does; `all` looks at all of them, as a norm does.
+convolution does; `all` looks at all of them, as a norm does. Of a mixture, `kind` is routed or
+shared; a * in names is the number of an expert (`idle` numbers have no down: they return their
+input), a tensor of three dimensions holds those of a layer, (experts, out, in) or with `in_out`
+(experts, in, out), and with `experts: 16` so many lie below each other in one matrix. `sparse`
+says by what setting an activation goes by all neurons.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -20,15 +27,17 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from surgery.anatomy import MLP, Anatomy, Corrections, MLPCorrection, Role
+from surgery.anatomy import Anatomy, Corrections, Kind, MLPCorrection, Role
 from surgery.anatomy.corrections import block_of
 from surgery.checkpoint import RECORD, Checkpoint
 from surgery.errors import ArgumentError, RecipeError
 from surgery.merging.parameters import unknown
 from surgery.operations.layers import parse_layers
+from surgery.recipe.anatomy_entries import NUMBER, mlp_entries
 from surgery.recipe.document import Document, Steps, read_documents
 from surgery.recipe.graph import Problems
 from surgery.recipe.parsing import parsed
+from surgery.tensor import LazyTensor
 
 KEYS = ("stacks", "roles", "mlps")
 STORED_NOTE = f"{RECORD} beside it says"
@@ -49,6 +58,11 @@ class _MLP(BaseModel):
     in_out: bool = False
     interleaved: bool = False
     followers: dict[str, Literal["each", "all"]] = Field(default_factory=dict)
+    kind: Kind = "dense"
+    biases: dict[str, str] = Field(default_factory=dict)
+    experts: int | None = None
+    idle: int = 0
+    sparse: str | None = None
 
 
 def correct_anatomy(checkpoint: Checkpoint, path: str | Path) -> Checkpoint:
@@ -91,7 +105,8 @@ def correct(checkpoint: Checkpoint, given: Given) -> Checkpoint:
 
 
 def anatomy_yaml(anatomy: Anatomy, leave_out: Container[str] = ()) -> str:
-    """The anatomy in the form that `correct_anatomy` reads, without the tensors `leave_out`."""
+    """The anatomy in the form that `correct_anatomy` reads, without the tensors `leave_out`; in
+    comments, why the MLPs of some blocks aren't understood."""
     import yaml
 
     places = {name: place for name, place in anatomy.places.items() if name not in leave_out}
@@ -100,10 +115,26 @@ def anatomy_yaml(anatomy: Anatomy, leave_out: Container[str] = ()) -> str:
     table: dict[str, Any] = {
         "stacks": dict(anatomy.stacks),
         "roles": _role_patterns(anatomy),
-        "mlps": [entry for alike in _alike(anatomy) for entry in alike],
+        "mlps": list(mlp_entries(anatomy)),
     }
     text: str = yaml.safe_dump(table, sort_keys=False, width=100, allow_unicode=True)
-    return text
+    return text + "".join(_not_understood(anatomy))
+
+
+def _not_understood(anatomy: Anatomy) -> Iterator[str]:
+    """Comments with the reasons why blocks can't be grown, and how to say what is in them."""
+    blocks: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for (stack, block), reason in anatomy.no_growth.items():
+        blocks[stack, reason.replace(f"{stack}.{block}.", "")].append(str(block))
+    for (stack, reason), numbers in blocks.items():
+        told = f"{stack} {','.join(numbers)}: {reason}".encode("unicode_escape").decode()
+        yield f"# {told}\n"
+    if blocks:
+        yield (
+            "# An entry of mlps says it. Plain: {stack: ..., ups: [gate.weight, up.weight], down: "
+            "down.weight}.\n# Experts: with kind: routed (or shared), and names as "
+            "experts.*.up.weight, * for the number.\n"
+        )
 
 
 def _table(given: Given, key: str, problems: Problems) -> dict[str, Any]:
@@ -165,89 +196,101 @@ def _mlps(
         )
         return ()
     stacks = {**checkpoint.anatomy.stacks, **named}
-    made = []
+    blocks = {stack: _by_block(checkpoint, stack) for stack in stacks}
+    made: list[MLPCorrection] = []
+    claims: dict[str, int] = {}
     for number, item in enumerate(entries):
         at: Steps = (*given.at, "mlps", number)
         entry: _MLP | None = parsed(_MLP, item, at, problems)
         if entry is None:
             continue
-        if entry.stack not in stacks:
-            problems.add((*at, "stack"), unknown("stack", entry.stack, list(stacks)))
+        correction = _correction(entry, stacks, at, problems)
+        if correction is None:
             continue
-        try:
-            blocks = parse_layers(str(entry.blocks), stacks[entry.stack])
-        except ArgumentError as error:
-            problems.add((*at, "blocks"), str(error))
-            continue
-        if len(entry.ups) == 2 and entry.parts == 2:
-            problems.add((*at, "parts"), "2 is for gate and up in one matrix, and ups has two")
-            continue
-        if entry.interleaved and entry.parts != 2:
-            problems.add((*at, "interleaved"), "this is for gate and up in one matrix: parts: 2")
-            continue
-        correction = MLPCorrection(
-            entry.stack,
-            tuple(entry.ups),
-            entry.down,
-            entry.parts,
-            entry.in_out,
-            None if len(blocks) == stacks[entry.stack] else frozenset(blocks),
-            entry.interleaved,
-            tuple((name, kind == "all") for name, kind in entry.followers.items()),
-        )
-        for block in blocks:
-            for problem in correction.problems(checkpoint, block):
-                problems.add(at, problem)
+        for problem in _contradictions(correction, blocks[entry.stack], claims, number):
+            problems.add(at, problem)
         made.append(correction)
     return tuple(made)
 
 
+def _correction(
+    entry: _MLP, stacks: Mapping[str, int], at: Steps, problems: Problems
+) -> MLPCorrection | None:
+    """What an entry says, or None with what can't be meant of any tensors noted."""
+    if entry.stack not in stacks:
+        problems.add((*at, "stack"), unknown("stack", entry.stack, list(stacks)))
+        return None
+    try:
+        blocks = parse_layers(str(entry.blocks), stacks[entry.stack])
+    except ArgumentError as error:
+        problems.add((*at, "blocks"), str(error))
+        return None
+    correction = MLPCorrection(
+        entry.stack,
+        tuple(entry.ups),
+        entry.down,
+        entry.parts,
+        entry.in_out,
+        None if len(blocks) == stacks[entry.stack] else frozenset(blocks),
+        entry.interleaved,
+        tuple((name, kind == "all") for name, kind in entry.followers.items()),
+        entry.kind,
+        tuple(entry.biases.items()),
+        entry.experts,
+        entry.idle,
+        entry.sparse,
+    )
+    mistakes = list(correction.mistakes())
+    for key, mistake in mistakes:
+        problems.add((*at, key), mistake)
+    return None if mistakes else correction
+
+
+def _by_block(checkpoint: Checkpoint, stack: str) -> dict[int, dict[str, LazyTensor]]:
+    """The tensors of every block of a stack."""
+    blocks: dict[int, dict[str, LazyTensor]] = defaultdict(dict)
+    for name, tensor in checkpoint.items():
+        if spot := block_of(name, stack):
+            blocks[spot[0]][name] = tensor
+    return blocks
+
+
+def _contradictions(
+    correction: MLPCorrection,
+    blocks: Mapping[int, Mapping[str, LazyTensor]],
+    claims: dict[str, int],
+    number: int,
+) -> Iterator[str]:
+    """What of a correction the tensors contradict, and which of them another one has taken.
+    `claims` gets those that are this one's."""
+    for block, inside in blocks.items():
+        if not correction.meant_for(correction.stack, block):
+            continue
+        if found := correction.problems(inside, block):
+            yield from found
+            continue
+        for name in (n for mlp in correction.mlps(inside, block) for n in mlp.tensors):
+            if claims.setdefault(name, number) != number:
+                yield f"{name} is in mlps[{claims[name]}] too"
+
+
 def _role_patterns(anatomy: Anatomy) -> dict[str, str]:
-    """The role of every tensor; one line for all blocks where they agree. Longer names come
-    first: of several patterns that fit, the first counts."""
+    """The role of every tensor; one line for all blocks where they agree, and for all experts.
+    Longer names come first: of several patterns that fit, the first counts."""
     alike: dict[tuple[str, str], dict[str, Role]] = {}
     roles: dict[str, Role] = {}
     for name, place in anatomy.places.items():
         if place.stack is None:
             roles[name] = place.role
         else:
-            alike.setdefault((place.stack, place.inner), {})[name] = place.role
-    for (stack, inner), found in sorted(alike.items(), key=lambda item: -len(item[0][1])):
+            inner = place.inner
+            if place.role is Role.EXPERT and (number := [*NUMBER.finditer(inner)][-1:]):
+                inner = f"{inner[: number[0].start()]}*{inner[number[0].end() :]}"
+            alike.setdefault((place.stack, inner), {})[name] = place.role
+    by_length = sorted(alike.items(), key=lambda item: (-len(item[0][1]), item[0][1].count("*")))
+    for (stack, inner), found in by_length:
         if len(set(found.values())) == 1:
             roles[f"{stack}.*.{inner}" if stack else f"*.{inner}"] = next(iter(found.values()))
         else:
             roles |= found
     return {pattern: role.value for pattern, role in roles.items()}
-
-
-def _alike(anatomy: Anatomy) -> Iterator[list[dict[str, Any]]]:
-    """The MLPs of every stack, one entry for those that have the same form."""
-    for stack, depth in anatomy.stacks.items():
-        forms: dict[tuple[Any, ...], list[int]] = {}
-        for (own, block), mlp in anatomy.mlps.items():
-            if own == stack:
-                forms.setdefault(_form(mlp, anatomy), []).append(block)
-        yield [
-            {
-                "stack": stack,
-                "blocks": "all" if len(blocks) == depth else ",".join(map(str, sorted(blocks))),
-                "ups": list(ups),
-                "down": down,
-                "parts": parts,
-                "in_out": in_out,
-                **({"interleaved": True} if interleaved else {}),
-                **({"followers": dict(followers)} if followers else {}),
-            }
-            for (ups, down, parts, in_out, interleaved, followers), blocks in forms.items()
-        ]
-
-
-def _form(mlp: MLP, anatomy: Anatomy) -> tuple[Any, ...]:
-    places = anatomy.places
-    ups = tuple(places[up.weight].inner for up in mlp.ups)
-    up = mlp.ups[0]
-    followers = tuple(
-        (places[follower.name].inner, "all" if follower.even else "each")
-        for follower in mlp.followers
-    )
-    return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved, followers

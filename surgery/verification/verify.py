@@ -144,13 +144,28 @@ def find_expansion(base: Checkpoint, other: Checkpoint) -> Expansion | None:
 
 def find_growths(base: Checkpoint, other: Checkpoint) -> Sequence[Growth]:
     """How `other` was grown from `base`; nothing if it wasn't."""
+    told: Sequence[Growth] = ()
     for details in (_in_history(base, other, "grow"), _in_record(base, other, "grow")):
         if details:
             try:
-                return growths_of(details["mlps"], base.anatomy.all_mlps)
+                told = growths_of(details["mlps"], base.anatomy.all_mlps)
             except (KeyError, TypeError, ValueError, OverflowError):
                 continue  # the record tells of another base: the weights decide
-    return discover_growths(base, other)
+            if not _wider_besides(base, other, told):
+                return told
+    return discover_growths(base, other) or told
+
+
+def _wider_besides(base: Checkpoint, other: Checkpoint, told: Sequence[Growth]) -> bool:
+    """Whether more MLPs are wider than those that are told: other layers were grown before, and
+    the record is of a base in between."""
+    grown = {growth.mlp for growth in told}
+    widths = {frozenset(mlp.tensors): mlp.width for mlp in other.anatomy.all_mlps}
+    return any(
+        widths.get(frozenset(mlp.tensors), 0) > mlp.width
+        for mlp in base.anatomy.all_mlps
+        if mlp not in grown
+    )
 
 
 def block_places(relation: Relation) -> Mapping[str, str]:
