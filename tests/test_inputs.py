@@ -22,6 +22,7 @@ from transformers import (
     SamConfig,
     T5Config,
     TimeSeriesTransformerConfig,
+    TimesformerConfig,
     ViTConfig,
     Wav2Vec2BertConfig,
     Wav2Vec2Config,
@@ -29,7 +30,7 @@ from transformers import (
 )
 
 from surgery import FormatError, UnsupportedError, grow, open_checkpoint, verify
-from surgery.modeling.hollow import HollowModel
+from surgery.modeling.hollow import HollowModel, _shapes_only
 from surgery.tensor import LazyTensor
 from surgery.verification import compare_logits
 from surgery.verification.inputs import make_inputs
@@ -97,6 +98,9 @@ ASKING: dict[str, tuple[str, Any, dict[str, Any]]] = {
                            "global_attn_indexes": [1], "window_size": 3},
          "prompt_encoder_config": {"image_size": 80, "patch_size": 16}},
     ),
+    "timesformer": (
+        "TimesformerModel", TimesformerConfig, {**VISION, "num_frames": 4}
+    ),
     "patchtst": (
         "PatchTSTForPrediction",
         PatchTSTConfig,
@@ -106,7 +110,7 @@ ASKING: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
     "series": (
         "TimeSeriesTransformerForPrediction",
-        TimeSeriesTransformerConfig,
+    TimeSeriesTransformerConfig,
         {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 3],
          "num_time_features": 2, "num_static_categorical_features": 1, "cardinality": [4],
          "embedding_dimension": [3], "d_model": 32, "encoder_layers": 3, "decoder_layers": 3,
@@ -277,6 +281,19 @@ def test_a_model_without_weights_takes_no_memory(tmp_path: Path):
     assert "transformer.h.79.mlp.c_proj" in called
     with pytest.raises(IndexError, match="there are 32 rows"):
         hollow.run({"input_ids": torch.zeros(1, 33, dtype=torch.int64)})
+
+
+def test_a_mask_keeps_its_values_beside_what_has_none():
+    """Models count their placeholders so."""
+    mask = torch.tensor([[True, False]])
+    with _shapes_only():
+        spread = mask[..., None].expand_as(torch.empty(1, 2, 3, device="meta"))
+    assert spread.tolist() == [[[True] * 3, [False] * 3]]
+
+
+def test_a_model_of_videos_gets_no_image_that_has_as_many_patches():
+    """4 frames of 3 x 3 patches each: one image of 6 x 6 would have as many."""
+    assert shapes("timesformer") == {"pixel_values": (2, 4, 3, 48, 48)}
 
 
 def test_a_text_is_tokenized_by_the_model_s_own_tokenizer(tmp_path: Path):

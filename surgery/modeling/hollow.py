@@ -224,6 +224,8 @@ def _shapes_only() -> Any:
                 return func(*args, **{**kwargs, "device": kwargs.get("device") or "cpu"})
             if func is functional.embedding and not args[0].is_meta and args[0].numel():
                 _check_range(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+            if name in ("expand_as", "view_as", "reshape_as") and not args[0].is_meta:
+                return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
             if name == "__getitem__":
                 return args[0].to("meta")[_as_index(args[1])]
             try:

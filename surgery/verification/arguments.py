@@ -50,6 +50,10 @@ def argument(name: str, hollow: HollowModel, given: Values, seed: int) -> Iterat
         yield {name: table([longest] * batch)}
     elif _MASK.fullmatch(name):
         yield {name: ones((batch, length))}
+        yield {name: ones((batch, length, 1))}  # of the tokens, for each image
+        for value in given.values():
+            if value.dim() == 4 and value.is_floating_point():
+                yield {name: noise(tuple(value.shape), seed)}  # a picture itself
     elif _POINTS.fullmatch(name):
         yield {name: noise((batch, 1, 1, 2), seed).abs()}
     else:

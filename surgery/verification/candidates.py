@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.errors import UnsupportedError
 from surgery.verification.draws import Values, noise
-from surgery.verification.media import PLACEHOLDERS, images, sounds, videos
+from surgery.verification.media import FRAME_COUNTS, PLACEHOLDERS, images, sounds, videos
 from surgery.verification.series import series
 from surgery.verification.texts import (
     BATCH,
@@ -61,9 +61,10 @@ def candidates(
                     yield texts.beside(values, {name: BATCH})
     if texts is not None:
         yield from texts.alone()
+    moving = any(hasattr(config, key) for key in FRAME_COUNTS)  # its frames may pass for images
     for batch in (BATCH, 1):
-        for name, (make, _) in _MEDIA.items():
-            for values in make(config, accepts, batch, seed):
+        for name in sorted(_MEDIA, key=lambda name: name != "video" or not moving):
+            for values in _MEDIA[name][0](config, accepts, batch, seed):
                 targets = (texts or Texts(hollow, seed)).targets(batch)
                 yield Candidate(values | targets, media={name: batch})
     yield from _hidden(hollow, seed)

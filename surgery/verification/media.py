@@ -30,6 +30,7 @@ SIDES = (224, 64, 384)
 """Of an image, where the config has none, or one that doesn't go."""
 LARGE = 512
 FRAMES = 4
+FRAME_COUNTS = ("num_frames", "frames_per_clip")
 PATCHES = 4
 """Of an image that is cut up beforehand: so many times the patches that are merged, each way."""
 SAMPLES = 19_200
@@ -107,7 +108,7 @@ def videos(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
     """Frames, before the channels or behind them; or cut into patches."""
     settings = Settings(config, "vision|video|image")
     channels = settings.number("num_channels", "in_channels", "in_chans", default=3)
-    counts = [settings.number("num_frames", "frames_per_clip", default=FRAMES), FRAMES, 8]
+    counts = [settings.number(*FRAME_COUNTS, default=FRAMES), FRAMES, 8]
     sides = [settings.size("image_size", "img_size", "input_size", "crop_size"), (224, 224)]
     for name in VIDEOS:
         if name not in accepts:
@@ -173,6 +174,7 @@ def _patched(
         yield from ({name: noise(shape, seed), **where} for shape in shapes)
     if name == "flattened_patches":  # row and column, counted from 1, lead each patch
         rows = table([[1 + n // side, 1 + n % side] for n in range(count)])
+        area = settings.number("patch_embed_hidden_size", default=area)
         yield {name: _cat(rows[None], noise((1, count, area), seed))}
     shapes_of = _known(accepts, spatial_shapes=table([[side, side]]))
     places = table([[[n % side, n // side] for n in range(count)]])

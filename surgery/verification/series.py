@@ -39,7 +39,7 @@ def series(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
         }
         features |= {
             "past_values_padding": 0 * ones((batch, past)),
-            "freq": 0 * ones((batch,)),
+            "freq": 0 * ones((batch, 1)),
         }
         for more in (features | with_mask, with_mask, {}):
             yield values | {name: value for name, value in more.items() if name in accepts}

@@ -69,6 +69,9 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "time_series_transformer": {"prediction_length": 8},
+    # sizes that have to agree: what the vision tower ends with, and what the text takes
+    "colqwen2": {"vlm_config": {"vision_config": {"hidden_size": 32}}},
+    "qwen2_vl": {"vision_config": {"hidden_size": 32}},
     # sizes that have to agree: heads times their size is twice the hidden size
     "dots3_note": {"text_config": {"head_dim": 16}, **_ADAPTERS},
     "dots3_note_audio_encoder": {"adapter_input_size": 32},
