@@ -17,6 +17,7 @@ from transformers import (
     BrosConfig,
     CLIPConfig,
     DecisionTransformerConfig,
+    InstructBlipConfig,
     LlavaConfig,
     PatchTSTConfig,
     SamConfig,
@@ -281,6 +282,23 @@ def test_a_model_without_weights_takes_no_memory(tmp_path: Path):
     assert "transformer.h.79.mlp.c_proj" in called
     with pytest.raises(IndexError, match="there are 32 rows"):
         hollow.run({"input_ids": torch.zeros(1, 33, dtype=torch.int64)})
+
+
+def test_features_that_need_more_than_the_image_are_found(tmp_path: Path):
+    """InstructBLIP's query tokens read a text of their own: `get_image_features` asks for it."""
+    small = {key: TEXT[key] for key in TEXT if key != "max_position_embeddings"}
+    config = InstructBlipConfig(
+        vision_config=VISION, qformer_config={**small, "encoder_hidden_size": 48},
+        text_config={"model_type": "llama", **TEXT}, num_query_tokens=5, image_token_id=96,
+    )  # fmt: skip
+    with quiet():
+        made = transformers.InstructBlipForConditionalGeneration(config)
+        made.save_pretrained(tmp_path)
+    base = open_checkpoint(tmp_path)
+    inputs = make_inputs(base)
+    assert int((inputs.values["input_ids"] == 96).sum()) == 5
+    assert inputs.unreached == frozenset()
+    assert compare_logits(base, grow(base, factor=1.5), device="cpu").same
 
 
 def test_a_mask_keeps_its_values_beside_what_has_none():

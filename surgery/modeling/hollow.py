@@ -78,22 +78,7 @@ class HollowModel:
 
         called: set[str] = set()
         running: list[tuple[Any, tuple[Any, ...]]] = []
-
-        def enter(module: Any, given: tuple[Any, ...], name: str) -> None:
-            called.add(name)
-            running.append((module, given))
-
-        def leave(*_: Any) -> None:
-            running.pop()
-
-        hooks = [
-            hook
-            for name, module in self.model.named_modules(remove_duplicate=False)
-            for hook in (
-                module.register_forward_pre_hook(partial(enter, name=name)),
-                module.register_forward_hook(leave),
-            )
-        ]
+        hooks = _watch(self.model, called, running)
         run = getattr(self.model, method) if method != "forward" else self.model
         names = self.names(method)
         given = {name: value for name, value in values.items() if name in names}
@@ -136,6 +121,27 @@ class HollowModel:
             if found is not None and not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
                 return names[id(found)]
         return names[id(blocks[block])]
+
+
+def _watch(model: Any, called: set[str], running: list[tuple[Any, tuple[Any, ...]]]) -> list[Any]:
+    """Hooks that keep the names of modules that are called, and those that run, with what they
+    got, the innermost last. One that raises stays."""
+
+    def enter(module: Any, given: tuple[Any, ...], name: str) -> None:
+        called.add(name)
+        running.append((module, given))
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    return [
+        hook
+        for name, module in model.named_modules(remove_duplicate=False)
+        for hook in (
+            module.register_forward_pre_hook(partial(enter, name=name)),
+            module.register_forward_hook(leave),
+        )
+    ]
 
 
 def _named(function: Any) -> dict[str, bool]:

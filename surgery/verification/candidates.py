@@ -56,6 +56,10 @@ def candidates(
                     yield texts.around([found[name] for name in chosen], chosen, length)
     elif texts is not None:
         for name, (make, _) in _MEDIA.items():
+            token = named_token(config, PLACEHOLDERS.get(name, ()))
+            placed = token is not None or "image_embeds_position_mask" in accepts
+            if placed and not trials.mend:  # it may run, and nothing depends on what it sees
+                continue
             if name == "sound" or any(map(_about_pictures, accepts)):
                 for values in islice(make(config, accepts, BATCH, seed), MOST_TRIES // 4):
                     yield texts.beside(values, {name: BATCH})

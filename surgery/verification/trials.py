@@ -30,7 +30,8 @@ class Trials:
     def __init__(self, hollow: HollowModel, seed: int, *, mend: bool) -> None:
         self.first: Exception | None = None
         """Why the first was refused."""
-        self._hollow, self._seed, self._mend = hollow, seed, mend
+        self.mend = mend
+        self._hollow, self._seed = hollow, seed
         self._seen: set[tuple[Any, ...]] = set()
         self._alike: Counter[tuple[type, str]] = Counter()
         self._left = self._left_in_all = MOST_RUNS_IN_ALL
@@ -41,7 +42,7 @@ class Trials:
         """These arguments, or what they were changed to, and the run in which they gave a result
         that is good; None if none did."""
         self._left = min(MOST_RUNS, self._left_in_all)
-        return self._try(values, good, method, MOST_MENDS if self._mend else 0)
+        return self._try(values, good, method, MOST_MENDS if self.mend else 0)
 
     def _try(
         self, values: Values, good: Callable[[Any], bool], method: str, mends: int

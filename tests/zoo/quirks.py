@@ -18,6 +18,11 @@ _OCR = {
 _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}
 _SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
 _FOUR = {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}
+_SAM = {  # code that has 256 in it
+    "vision_config": {"output_channels": 256},
+    "prompt_encoder_config": {"hidden_size": 256},
+    "mask_decoder_config": {"hidden_size": 256},
+}
 _ADAPTERS = {
     "vision_config": {"adapter_in_dim": 48, "adapter_out_dim": 32},
     "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 32},
@@ -70,6 +75,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": _INDEXER,
     "time_series_transformer": {"prediction_length": 8},
     # sizes that have to agree: what the vision tower ends with, and what the text takes
+    "sam": _SAM,
+    "lilt": {"hidden_size": 48},  # six sixths of it
     "colqwen2": {"vlm_config": {"vision_config": {"hidden_size": 32}}},
     "qwen2_vl": {"vision_config": {"hidden_size": 32}},
     # sizes that have to agree: heads times their size is twice the hidden size
