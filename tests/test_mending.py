@@ -81,3 +81,12 @@ def test_numbers_have_rows_in_the_table():
     attempt = Attempt(None, frozenset(), IndexError("out of range"), nn.Embedding(6, 2), ((1, 20),))
     (found,) = mended(values, attempt, Taking("at"), 0)  # type: ignore[arg-type]
     assert found["at"].tolist() == [[n % 6 for n in range(20)]]
+
+
+def test_a_mask_of_what_is_filled_up_fills_nothing():
+    values = {"mask": torch.ones(1, 4, dtype=torch.int64)}
+    said = "masked_fill_ only supports boolean masks, but got mask with dtype long int"
+    for text, wanted in ((said, False), ("expected a bool tensor", True)):
+        attempt = Attempt(None, frozenset(), RuntimeError(text))
+        (found,) = mended(values, attempt, Taking("mask"), 0)  # type: ignore[arg-type]
+        assert found["mask"].tolist() == [[wanted] * 4]

@@ -169,12 +169,13 @@ def _in_range(values: Values, attempt: Attempt, _seed: int) -> Iterator[Values]:
 
 
 def _yes_or_no(values: Values, attempt: Attempt, _seed: int) -> Iterator[Values]:
-    """Masks of another type."""
+    """Masks of another type; False where it says what is filled up with something else."""
     import torch
 
     if "bool" in str(attempt.error):
+        fills = "masked_fill" in str(attempt.error)
         masks = {
-            name: value.bool()
+            name: value.bool() ^ fills
             for name, value in values.items()
             if value.dtype == torch.int64 and "mask" in name
         }

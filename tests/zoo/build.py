@@ -196,7 +196,7 @@ def _runs(kind: Kind, model: Any, folder: Path) -> bool | None:
             return None
         with torch.no_grad():
             found = main_output(model.eval()(**made))
-        return found is not None and bool(found[1].isfinite().all())
+        return found is not None and bool(found[1].isfinite().all() and found[1].any())
     except Exception:  # noqa: BLE001  models raise all there is
         return False
 
