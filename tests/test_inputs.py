@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ import torch
 import transformers
 from families import ROOT, build, quiet, spread
 from transformers import (
+    BrosConfig,
     CLIPConfig,
+    DecisionTransformerConfig,
+    InstructBlipConfig,
     LlavaConfig,
+    PatchTSTConfig,
+    SamConfig,
     T5Config,
+    TimeSeriesTransformerConfig,
+    TimesformerConfig,
     ViTConfig,
+    Wav2Vec2BertConfig,
     Wav2Vec2Config,
     WhisperConfig,
 )
 
 from surgery import FormatError, UnsupportedError, grow, open_checkpoint, verify
-from surgery.modeling.hollow import HollowModel
+from surgery.modeling.hollow import HollowModel, _shapes_only
+from surgery.tensor import LazyTensor
 from surgery.verification import compare_logits
 from surgery.verification.inputs import make_inputs
 from surgery.verification.outputs import are_logits, main_output
@@ -68,10 +78,53 @@ MODELS: dict[str, tuple[str, Any, dict[str, Any]]] = {
     ),
 }  # fmt: skip
 
+ASKING: dict[str, tuple[str, Any, dict[str, Any]]] = {
+    "bros": ("BrosModel", BrosConfig, TEXT | {"hidden_size": 64, "dim_bbox": 8}),
+    "decision": (
+        "DecisionTransformerModel",
+        DecisionTransformerConfig,
+        {"state_dim": 5, "act_dim": 3, "hidden_size": 32, "n_layer": 3, "n_head": 4,
+         "n_inner": 72, "max_ep_len": 20},
+    ),
+    "wav2vec2-bert": (
+        "Wav2Vec2BertForCTC",
+        Wav2Vec2BertConfig,
+        TEXT | {"feature_projection_input_dim": 40, "output_hidden_size": 32},
+    ),
+    "sam": (
+        "SamModel",
+        SamConfig,
+        {"vision_config": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4,
+                           "image_size": 80, "patch_size": 16, "mlp_dim": 72,
+                           "global_attn_indexes": [1], "window_size": 3},
+         "prompt_encoder_config": {"image_size": 80, "patch_size": 16}},
+    ),
+    "timesformer": (
+        "TimesformerModel", TimesformerConfig, {**VISION, "num_frames": 4}
+    ),
+    "patchtst": (
+        "PatchTSTForPrediction",
+        PatchTSTConfig,
+        {"num_input_channels": 3, "context_length": 24, "patch_length": 4, "patch_stride": 4,
+         "d_model": 32, "ffn_dim": 72, "num_hidden_layers": 3, "num_attention_heads": 4,
+         "prediction_length": 6},
+    ),
+    "series": (
+        "TimeSeriesTransformerForPrediction",
+    TimeSeriesTransformerConfig,
+        {"prediction_length": 6, "context_length": 12, "lags_sequence": [1, 3],
+         "num_time_features": 2, "num_static_categorical_features": 1, "cardinality": [4],
+         "embedding_dimension": [3], "d_model": 32, "encoder_layers": 3, "decoder_layers": 3,
+         "encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 72,
+         "decoder_ffn_dim": 88},
+    ),
+}  # fmt: skip
+"""Models whose arguments have to be found out: by name, or from what they refuse."""
+
 
 @cache
 def model(name: str) -> Path:
-    class_name, config, options = MODELS[name]
+    class_name, config, options = (MODELS | ASKING)[name]
     folder = ROOT / f"inputs-{name}"
     with quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -130,6 +183,61 @@ def test_the_output_is_the_model_s_own_on_these_inputs(name: str):
     )
 
 
+def test_what_a_model_asks_for_is_made():
+    """15 = 12 + the longest lag; 40 and 5 and 3 features are what the first layers take, and the
+    image has the size that the model says it must have."""
+    assert shapes("bros") == {
+        "input_ids": (2, 64), "attention_mask": (2, 64), "bbox": (2, 64, 4)
+    }  # fmt: skip
+    assert shapes("decision") == {
+        "states": (2, 16, 5), "actions": (2, 16, 3), "returns_to_go": (2, 16, 1),
+        "timesteps": (2, 16),
+    }  # fmt: skip
+    assert shapes("wav2vec2-bert")["input_features"][2] == 40
+    assert shapes("sam")["pixel_values"][1:] == (3, 80, 80)
+    assert shapes("patchtst")["past_values"] == (2, 24, 3)
+    assert shapes("series") == {
+        "past_values": (2, 15), "past_observed_mask": (2, 15), "past_time_features": (2, 15, 2),
+        "future_values": (2, 6), "future_time_features": (2, 6, 2),
+        "static_categorical_features": (2, 1),
+    }  # fmt: skip
+    said = make_inputs(open_checkpoint(model("bros"))).what
+    assert said == "128 random tokens with random bbox"
+    assert make_inputs(open_checkpoint(model("series"))).what == "2 random series"
+
+
+@pytest.mark.parametrize("name", list(ASKING))
+def test_a_growth_is_told_from_one_whose_split_was_forgotten(name: str):
+    """The neurons are copied, and what leads out of them is twice as much as it should be."""
+    base = open_checkpoint(model(name))
+    grown = grow(base, factor=2, choose="random")
+    downs = {mlp.down.weight for mlp in grown.anatomy.every_mlp}
+    wrong = {
+        key: LazyTensor(tensor.shape, tensor.dtype, inputs=(tensor,), kernel=lambda w: 2 * w)
+        for key, tensor in grown.items()
+        if key in downs
+    }
+    right = compare_logits(base, grown, device="cpu")
+    assert right.same
+    assert right.unreached == ()
+    assert not compare_logits(
+        base, replace(grown, tensors={**grown.tensors, **wrong}), device="cpu"
+    ).same
+
+
+def test_a_text_is_short_enough_for_its_placeholders(tmp_path: Path):
+    """30 positions: 16 tokens and 9 features fit in, 64 don't."""
+    config = json.loads((model("llava") / "config.json").read_text())
+    config["text_config"] |= {"model_type": "opt", "max_position_embeddings": 30, "ffn_dim": 72,
+                              "word_embed_proj_dim": 32}  # fmt: skip
+    with quiet():
+        made = transformers.LlavaForConditionalGeneration(LlavaConfig(**config))
+        made.save_pretrained(tmp_path)
+    inputs = make_inputs(open_checkpoint(tmp_path))
+    assert inputs.values["input_ids"].shape == (1, 16 + 9)
+    assert inputs.what == "16 random tokens and 1 random image"
+
+
 def test_a_grown_vision_tower_is_run(tmp_path: Path):
     base = open_checkpoint(model("vit"))
     found = verify(base, grow(base, factor=1.5), device="cpu")
@@ -174,6 +282,36 @@ def test_a_model_without_weights_takes_no_memory(tmp_path: Path):
     assert "transformer.h.79.mlp.c_proj" in called
     with pytest.raises(IndexError, match="there are 32 rows"):
         hollow.run({"input_ids": torch.zeros(1, 33, dtype=torch.int64)})
+
+
+def test_features_that_need_more_than_the_image_are_found(tmp_path: Path):
+    """InstructBLIP's query tokens read a text of their own: `get_image_features` asks for it."""
+    small = {key: TEXT[key] for key in TEXT if key != "max_position_embeddings"}
+    config = InstructBlipConfig(
+        vision_config=VISION, qformer_config={**small, "encoder_hidden_size": 48},
+        text_config={"model_type": "llama", **TEXT}, num_query_tokens=5, image_token_id=96,
+    )  # fmt: skip
+    with quiet():
+        made = transformers.InstructBlipForConditionalGeneration(config)
+        made.save_pretrained(tmp_path)
+    base = open_checkpoint(tmp_path)
+    inputs = make_inputs(base)
+    assert int((inputs.values["input_ids"] == 96).sum()) == 5
+    assert inputs.unreached == frozenset()
+    assert compare_logits(base, grow(base, factor=1.5), device="cpu").same
+
+
+def test_a_mask_keeps_its_values_beside_what_has_none():
+    """Models count their placeholders so."""
+    mask = torch.tensor([[True, False]])
+    with _shapes_only():
+        spread = mask[..., None].expand_as(torch.empty(1, 2, 3, device="meta"))
+    assert spread.tolist() == [[[True] * 3, [False] * 3]]
+
+
+def test_a_model_of_videos_gets_no_image_that_has_as_many_patches():
+    """4 frames of 3 x 3 patches each: one image of 6 x 6 would have as many."""
+    assert shapes("timesformer") == {"pixel_values": (2, 4, 3, 48, 48)}
 
 
 def test_a_text_is_tokenized_by_the_model_s_own_tokenizer(tmp_path: Path):

@@ -5,8 +5,10 @@ go through, is told by running it, before its weights are read."""
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
@@ -23,6 +25,18 @@ if TYPE_CHECKING:
 MOST_VALUES = 1 << 26
 """Values that may be made: more come of inputs that weren't meant."""
 LARGE = 1 << 14
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of a run: a result, or an error with the innermost module that was running and
+    the shapes of the tensors that it got."""
+
+    result: Any
+    called: frozenset[str]
+    error: Exception | None = None
+    module: Any = None
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 class HollowModel:
@@ -43,32 +57,49 @@ class HollowModel:
     @cached_property
     def accepts(self) -> Mapping[str, bool]:
         """The named arguments of `forward`, and whether each has to be given."""
-        return _named(self.model.forward)
+        return self.names("forward")
+
+    def names(self, method: str) -> Mapping[str, bool]:
+        """The same of another method."""
+        return _named(getattr(self.model, method))
 
     def run(self, values: Mapping[str, Any], method: str = "forward") -> tuple[Any, frozenset[str]]:
-        """What a method (`forward`, `get_image_features`) returns for these arguments, of which
-        it gets those that it has names for, and the names of all modules that were called.
+        """What a method returns for these arguments, and the names of all modules that were
+        called. Raises whatever the model raises."""
+        attempt = self.attempt(values, method)
+        if attempt.error is not None:
+            raise attempt.error
+        return attempt.result, attempt.called
 
-        Raises whatever the model raises.
-        """
+    def attempt(self, values: Mapping[str, Any], method: str = "forward") -> Attempt:
+        """Run a method (`forward`, `get_image_features`) with these arguments, of which it gets
+        those that it has names for; what it raises is part of the answer."""
         import torch
 
         called: set[str] = set()
-        hooks = [
-            module.register_forward_pre_hook(lambda *_, name=name: called.add(name))
-            for name, module in self.model.named_modules(remove_duplicate=False)
-        ]
+        running: list[tuple[Any, tuple[Any, ...]]] = []
+        hooks = _watch(self.model, called, running)
         run = getattr(self.model, method) if method != "forward" else self.model
-        names = _named(getattr(self.model, method))
+        names = self.names(method)
         given = {name: value for name, value in values.items() if name in names}
         try:
-            with quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]), _shapes_only():
+            with (
+                quiet(),
+                torch.no_grad(),
+                torch.random.fork_rng(devices=[]),
+                _unchecked(),
+                _shapes_only(),
+            ):
                 torch.manual_seed(0)
                 result = run(**given)
+        except Exception as error:  # noqa: BLE001  models raise all there is
+            module, tensors = running[-1] if running else (None, ())
+            shapes = tuple(tuple(t.shape) for t in tensors if isinstance(t, torch.Tensor))
+            return Attempt(None, frozenset(called), error, module, shapes)
         finally:
             for hook in hooks:
                 hook.remove()
-        return result, frozenset(called)
+        return Attempt(result, frozenset(called))
 
     def module_of(self, stack: str, block: int, inner: str) -> str | None:
         """The name of the module that holds the parameter `inner` of a block, as it is on disk;
@@ -90,6 +121,27 @@ class HollowModel:
             if found is not None and not isinstance(found, (nn.ModuleList, nn.ModuleDict)):
                 return names[id(found)]
         return names[id(blocks[block])]
+
+
+def _watch(model: Any, called: set[str], running: list[tuple[Any, tuple[Any, ...]]]) -> list[Any]:
+    """Hooks that keep the names of modules that are called, and those that run, with what they
+    got, the innermost last. One that raises stays."""
+
+    def enter(module: Any, given: tuple[Any, ...], name: str) -> None:
+        called.add(name)
+        running.append((module, given))
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    return [
+        hook
+        for name, module in model.named_modules(remove_duplicate=False)
+        for hook in (
+            module.register_forward_pre_hook(partial(enter, name=name)),
+            module.register_forward_hook(leave),
+        )
+    ]
 
 
 def _named(function: Any) -> dict[str, bool]:
@@ -120,6 +172,19 @@ def _empty(checkpoint: Checkpoint) -> Any:
     with quiet(), torch.random.fork_rng(devices=[]):
         model.initialize_weights()  # buffers that aren't in files: rotary frequencies, positions
     return model.eval()
+
+
+@contextmanager
+def _unchecked() -> Iterator[None]:
+    """Distributions aren't asked whether their parameters may be so: there are no values."""
+    from torch.distributions import Distribution
+
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 def _shapes_only() -> Any:
@@ -165,6 +230,8 @@ def _shapes_only() -> Any:
                 return func(*args, **{**kwargs, "device": kwargs.get("device") or "cpu"})
             if func is functional.embedding and not args[0].is_meta and args[0].numel():
                 _check_range(args[0], args[1] if len(args) > 1 else kwargs["weight"])
+            if name in ("expand_as", "view_as", "reshape_as") and not args[0].is_meta:
+                return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
             if name == "__getitem__":
                 return args[0].to("meta")[_as_index(args[1])]
             try:

@@ -8,14 +8,20 @@ from collections.abc import Iterator, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
+from surgery.verification.draws import Values, noise, ones, table
+
 if TYPE_CHECKING:
     import torch
-
-Values = dict[str, "torch.Tensor"]
 
 IMAGES = ("pixel_values", "pixel_values_images", "images", "flattened_patches", "hidden_states")
 VIDEOS = ("pixel_values_videos", "pixel_values")
 SOUNDS = ("input_features", "input_values", "audio_values", "audio_features", "audio_mel")
+PLACEHOLDERS = {
+    "image": ("image_token_id", "image_token_index", "media_placeholder_token_id"),
+    "video": ("video_token_id", "video_token_index"),
+    "sound": ("audio_token_id", "audio_token_index"),
+}
+"""Keys of the token that stands for one feature of a medium among the tokens of a text."""
 _PATCH_MASKS = ("pixel_attention_mask", "patch_attention_mask")
 _SOUND_MASKS = ("input_features_mask", "feature_attention_mask", "audio_mel_mask", "padding_mask")
 _SOUND_LENGTHS = ("audio_feature_lengths", "feature_lens")
@@ -24,6 +30,7 @@ SIDES = (224, 64, 384)
 """Of an image, where the config has none, or one that doesn't go."""
 LARGE = 512
 FRAMES = 4
+FRAME_COUNTS = ("num_frames", "frames_per_clip")
 PATCHES = 4
 """Of an image that is cut up beforehand: so many times the patches that are merged, each way."""
 SAMPLES = 19_200
@@ -78,13 +85,13 @@ def images(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
         if name in ("flattened_patches", "hidden_states"):
             continue
         for height, width in sides:
-            sizes = _known(accepts, image_sizes=_table([[height, width]] * batch))
+            sizes = _known(accepts, image_sizes=table([[height, width]] * batch))
             for with_sizes in ({}, sizes) if sizes else ({},):  # where it may be left out it is
-                yield {name: _noise((batch, channels, height, width), seed), **with_sizes}
+                yield {name: noise((batch, channels, height, width), seed), **with_sizes}
             for tiles in (1, 2, 5):
                 shape = (batch, tiles, channels, height, width)
-                mask = _known(accepts, pixel_attention_mask=_ones((batch, tiles, height, width)))
-                yield {name: _noise(shape, seed), **sizes, **mask}
+                mask = _known(accepts, pixel_attention_mask=ones((batch, tiles, height, width)))
+                yield {name: noise(shape, seed), **sizes, **mask}
             yield from _tiled(name, settings, (channels, height, width), accepts, seed)
 
 
@@ -101,7 +108,7 @@ def videos(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
     """Frames, before the channels or behind them; or cut into patches."""
     settings = Settings(config, "vision|video|image")
     channels = settings.number("num_channels", "in_channels", "in_chans", default=3)
-    counts = [settings.number("num_frames", "frames_per_clip", default=FRAMES), FRAMES, 8]
+    counts = [settings.number(*FRAME_COUNTS, default=FRAMES), FRAMES, 8]
     sides = [settings.size("image_size", "img_size", "input_size", "crop_size"), (224, 224)]
     for name in VIDEOS:
         if name not in accepts:
@@ -109,8 +116,8 @@ def videos(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
         yield from _patched(name, settings, channels, accepts, seed, frames=2)
         known = [side for side in dict.fromkeys(sides) if side is not None]
         for side, frames in product(known, dict.fromkeys(counts)):
-            yield {name: _noise((batch, frames, channels, *side), seed)}
-            yield {name: _noise((batch, channels, frames, *side), seed)}
+            yield {name: noise((batch, frames, channels, *side), seed)}
+            yield {name: noise((batch, channels, frames, *side), seed)}
 
 
 def sounds(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> Iterator[Values]:
@@ -132,9 +139,9 @@ def sounds(config: Any, accepts: Mapping[str, bool], batch: int, seed: int) -> I
             ((batch, 1, SAMPLES), SAMPLES),
         ]
         for shape, count in [*raw, *shapes] if name == "input_values" else [*shapes, *raw]:
-            values = {name: _noise(shape, seed)}
-            masks = dict.fromkeys(_SOUND_MASKS, _ones((batch, count)))
-            lengths = dict.fromkeys(_SOUND_LENGTHS, _table([count] * batch))
+            values = {name: noise(shape, seed)}
+            masks = dict.fromkeys(_SOUND_MASKS, ones((batch, count)))
+            lengths = dict.fromkeys(_SOUND_LENGTHS, table([count] * batch))
             yield values | _known(accepts, **masks, **lengths)
             if count == shape[-1] and len(shape) == 2:
                 continue
@@ -159,21 +166,22 @@ def _patched(
     own = [g for g in grids if ("video" in g) == (frames > 1)] or [g for g in grids if g[0] == "g"]
     area = channels * patch * patch
     if own:
-        where = _known(accepts, **{own[0]: _table([[frames, side, side]])})
-        where |= _known(accepts, merge_sizes=_table([merged]))
+        where = _known(accepts, **{own[0]: table([[frames, side, side]])})
+        where |= _known(accepts, merge_sizes=table([merged]))
         total = frames * count
         shapes: list[tuple[int, ...]] = [(total, deep * area), (total, area)]
         shapes += [(total, channels, patch, patch), (1, total, deep * area), (total, 2 * area)]
-        yield from ({name: _noise(shape, seed), **where} for shape in shapes)
+        yield from ({name: noise(shape, seed), **where} for shape in shapes)
     if name == "flattened_patches":  # row and column, counted from 1, lead each patch
-        rows = _table([[1 + n // side, 1 + n % side] for n in range(count)])
-        yield {name: _cat(rows[None], _noise((1, count, area), seed))}
-    shapes_of = _known(accepts, spatial_shapes=_table([[side, side]]))
-    places = _table([[[n % side, n // side] for n in range(count)]])
+        rows = table([[1 + n // side, 1 + n % side] for n in range(count)])
+        area = settings.number("patch_embed_hidden_size", default=area)
+        yield {name: _cat(rows[None], noise((1, count, area), seed))}
+    shapes_of = _known(accepts, spatial_shapes=table([[side, side]]))
+    places = table([[[n % side, n // side] for n in range(count)]])
     shapes_of |= _known(accepts, pixel_position_ids=places, image_position_ids=places)
     if shapes_of:
-        masks = _known(accepts, **dict.fromkeys(_PATCH_MASKS, _ones((1, count))))
-        yield {name: _noise((1, count, area), seed), **shapes_of, **masks}
+        masks = _known(accepts, **dict.fromkeys(_PATCH_MASKS, ones((1, count))))
+        yield {name: noise((1, count, area), seed), **shapes_of, **masks}
 
 
 def _tiled(
@@ -183,32 +191,14 @@ def _tiled(
     """Mllama: every image has room for so many tiles, of which the first is used."""
     if "aspect_ratio_ids" in accepts:
         tiles = settings.number("max_num_tiles", default=4)
-        mask = _ones((1, 1, tiles))
+        mask = ones((1, 1, tiles))
         mask[..., 1:] = 0
-        ratios = {"aspect_ratio_ids": _ones((1, 1)), "aspect_ratio_mask": mask}
-        yield {name: _noise((1, 1, tiles, *image), seed), **ratios}
+        ratios = {"aspect_ratio_ids": ones((1, 1)), "aspect_ratio_mask": mask}
+        yield {name: noise((1, 1, tiles, *image), seed), **ratios}
 
 
 def _known(accepts: Mapping[str, bool], **values: torch.Tensor) -> Values:
     return {name: value for name, value in values.items() if name in accepts}
-
-
-def _noise(shape: tuple[int, ...], seed: int) -> torch.Tensor:
-    import torch
-
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-
-
-def _ones(shape: tuple[int, ...]) -> torch.Tensor:
-    import torch
-
-    return torch.ones(shape, dtype=torch.int64)
-
-
-def _table(rows: list[Any]) -> torch.Tensor:
-    import torch
-
-    return torch.tensor(rows, dtype=torch.int64)
 
 
 def _cat(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -13,12 +14,19 @@ import torch
 from families import quiet
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from surgery import open_checkpoint
+from surgery.verification.inputs import make_inputs
+from surgery.verification.outputs import main_output
+
 from .kinds import Kind
 from .quirks import QUIRKS
-from .shrink import GROUPS, VOCABULARY, shrink
+from .shrink import GROUPS, VOCABULARY, shrink, with_small_images
 
 LIMIT = 20_000_000
 """Parameters beyond which a model isn't tiny."""
+MOST_VALUES = 1 << 21
+"""Values of inputs that are run: an image of a thousand pixels a side, which a config that can't be
+shrunk asks for, takes minutes of attention."""
 
 
 class NotBuilt(Exception):
@@ -41,7 +49,11 @@ class Tiny:
 
 
 def build(kind: Kind, folder: Path) -> Tiny:
-    """The tiny model of a kind, in `folder`. Raises NotBuilt."""
+    """The tiny model of a kind, in `folder`. Raises NotBuilt.
+
+    Of the configs that are tried the first whose model runs is taken, or else the first that can
+    be built.
+    """
     first: Exception | None = None
     chosen = fallback = None
     with quiet(), torch.random.fork_rng(devices=[]):
@@ -50,29 +62,43 @@ def build(kind: Kind, folder: Path) -> Tiny:
             if dropped > 1 and fallback is not None:
                 break  # it was built, and no single rule is why it doesn't run
             try:
-                config = _config(kind, values)
-                _check_size(kind, config)
-                model = kind.model_class(copy.deepcopy(config))
-                _spread(model)
+                model = _model(kind, values)
+                runs = _runs(kind, model, folder)
+                if runs is None:
+                    model = _model(kind, with_small_images(values))
+                    runs = _runs(kind, model, folder)
             except Exception as error:  # noqa: BLE001  config classes raise all there is
                 first = first or error
                 if isinstance(first, FarTooLargeError):
                     break  # with every rule, so without some as well
                 continue
-            if not kind.tokens or _runs(model):
+            fallback = fallback or model
+            if runs:
                 chosen = model
                 break
-            fallback = fallback or model
         model = chosen or fallback
         if model is None:
             raise NotBuilt(_line(first)) from first
-        try:
-            model.save_pretrained(folder)
-        except Exception as error:
-            raise NotBuilt(f"save_pretrained: {_line(error)}") from error
-        if not any(folder.glob("*.safetensors")):
-            raise NotBuilt("save_pretrained writes no tensors")
+        _save(model, folder)
     return Tiny(folder, kind, chosen is not None and kind.tokens, _lists(model))
+
+
+def _model(kind: Kind, values: dict[str, Any]) -> Any:
+    config = _config(kind, values)
+    _check_size(kind, config)
+    model = kind.model_class(copy.deepcopy(config))
+    _spread(model)
+    return model
+
+
+def _save(model: Any, folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        model.save_pretrained(folder)
+    except Exception as error:
+        raise NotBuilt(f"save_pretrained: {_line(error)}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise NotBuilt("save_pretrained writes no tensors")
 
 
 def _lists(model: Any) -> dict[str, int]:
@@ -90,7 +116,7 @@ def _lists(model: Any) -> dict[str, int]:
 def _attempts(kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
     """Configs to try: all rules, then without one group of them, then without two."""
     try:
-        values = CONFIG_MAPPING[kind.model_type]().to_dict()
+        values = _with_sections(CONFIG_MAPPING[kind.model_type]().to_dict())
     except Exception as error:
         raise NotBuilt(f"its config has no default: {_line(error)}") from error
     for count in range(3):
@@ -100,6 +126,19 @@ def _attempts(kind: Kind) -> Iterator[tuple[int, dict[str, Any]]]:
                 small["is_decoder"] = True
             _merge(small, QUIRKS.get(kind.model_type, {}))
             yield count, small
+
+
+def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """With the parts of a head that turn by time, height and width, where the model's code has
+    them and the default config hasn't: the code's are as large as the heads of a real model."""
+    values = {k: _with_sections(v) if isinstance(v, dict) else v for k, v in values.items()}
+    name, rope = values.get("model_type"), values.get("rope_parameters")
+    known = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401  it's lazy
+    keys = getattr(known, "ignore_keys_at_rope_validation", None) or ()
+    flat = isinstance(rope, dict) and not any(isinstance(one, dict) for one in rope.values())
+    if "mrope_section" in keys and flat:
+        values["rope_parameters"] = {"mrope_section": [16, 24, 24]} | rope
+    return values
 
 
 def _config(kind: Kind, values: dict[str, Any]) -> Any:
@@ -148,13 +187,23 @@ def tokens() -> torch.Tensor:
     return torch.randint(3, VOCABULARY // 2, (2, 24), generator=generator)
 
 
-def _runs(model: Any) -> bool:
+def _runs(kind: Kind, model: Any, folder: Path) -> bool | None:
+    """Whether it takes inputs that are made for it, and gives numbers; None if these are too
+    large to run."""
     try:
+        made = {"input_ids": tokens()} if kind.tokens else _inputs(model, folder)
+        if sum(value.numel() for value in made.values()) > MOST_VALUES:
+            return None
         with torch.no_grad():
-            output = model.eval()(input_ids=tokens())
-        return bool(torch.isfinite(output.logits).all())
+            found = main_output(model.eval()(**made))
+        return found is not None and bool(found[1].isfinite().all() and found[1].any())
     except Exception:  # noqa: BLE001  models raise all there is
         return False
+
+
+def _inputs(model: Any, folder: Path) -> Mapping[str, torch.Tensor]:
+    _save(model, folder)
+    return make_inputs(open_checkpoint(str(folder))).values
 
 
 def _line(error: BaseException | None) -> str:

@@ -35,14 +35,11 @@ from surgery.verification import find_growths
 from surgery.verification.inputs import make_inputs
 from surgery.verification.outputs import main_output
 
-from .build import Tiny, tokens
+from .build import MOST_VALUES, Tiny, tokens
 
 Values = Mapping[str, torch.Tensor]
 
 ALPHA = 0.3
-MOST_VALUES = 1 << 21
-"""Values of inputs that are run: an image of a thousand pixels a side, which a config that can't be
-shrunk asks for, takes minutes of attention."""
 SAME = 1e-5
 """What rounding explains of max |d| / max |logit|: norms and softmax compute in float32 whatever
 the weights are. A split that was forgotten gives a hundred times as much at the least."""

@@ -16,6 +16,13 @@ _OCR = {
     "mlp_layer_types": ["dense", "sparse", "sparse"],
 }  # fmt: skip
 _MROPE = {"rope_parameters": {**_ROPE, "mrope_section": [1, 1, 2]}}
+_SECTIONS = {"rope_parameters": {**_ROPE, "mrope_section": [2, 1, 1]}}
+_FOUR = {"head_dim": 8, "rope_parameters": {**_ROPE, "mrope_section": [1, 1, 1, 1]}}
+_SAM = {  # code that has 256 in it
+    "vision_config": {"output_channels": 256},
+    "prompt_encoder_config": {"hidden_size": 256},
+    "mask_decoder_config": {"hidden_size": 256},
+}
 _ADAPTERS = {
     "vision_config": {"adapter_in_dim": 48, "adapter_out_dim": 32},
     "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 32},
@@ -23,7 +30,17 @@ _ADAPTERS = {
 
 QUIRKS: dict[str, dict[str, Any]] = {
     # the default config lacks what the model needs
-    "autoformer": {"prediction_length": 8},
+    "autoformer": {"prediction_length": 16},
+    "blip-2": {"image_token_id": 100},
+    "instructblip": {"image_token_id": 100},
+    "instructblipvideo": {"image_token_id": 100, "video_token_id": 100},
+    "paddleocr_vl": {"text_config": _SECTIONS},
+    "paddleocr_vl_text": _SECTIONS,
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 101},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 101},
+    "shieldgemma2": {"yes_token_index": 100, "no_token_index": 101},
+    "step3p5": {"sliding_window": 16},
+    "step3p7": {"text_config": {"sliding_window": 16}},
     "bamba": {"attn_layer_indices": [1]},
     "cohere_compass": {
         "text_config": {"rope_parameters": {"full_attention": _ROPE, "sliding_attention": _ROPE}}
@@ -49,14 +66,19 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},
     "informer": {"prediction_length": 8},
-    "hunyuan_vl": {"text_config": {"head_dim": 8}},
-    "hunyuan_vl_text": {"head_dim": 8},
+    "hunyuan_vl": {"text_config": _FOUR},
+    "hunyuan_vl_text": _FOUR,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
     "ministral": {"head_dim": 8},
     "nemotron": {"num_key_value_heads": 2},
     "qwen4_exp": {"text_config": _INDEXER},
     "qwen4_exp_text": _INDEXER,
     "time_series_transformer": {"prediction_length": 8},
+    # sizes that have to agree: what the vision tower ends with, and what the text takes
+    "sam": _SAM,
+    "lilt": {"hidden_size": 48},  # six sixths of it
+    "colqwen2": {"vlm_config": {"vision_config": {"hidden_size": 32}}},
+    "qwen2_vl": {"vision_config": {"hidden_size": 32}},
     # sizes that have to agree: heads times their size is twice the hidden size
     "dots3_note": {"text_config": {"head_dim": 16}, **_ADAPTERS},
     "dots3_note_audio_encoder": {"adapter_input_size": 32},

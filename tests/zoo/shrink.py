@@ -56,6 +56,11 @@ _WIDTH = re.compile(
     r"|n_inner|d_inner|dim_ff|dff|feed_forward_size|linear_units|intermediate_dim|ffn_embed_dim"
     r"|intermediate_size_mlp|mlp_hidden_size|feed_forward_hidden_size|expert_dim)"
 )
+_IMAGE = re.compile(
+    r"image_size|img_size|crop_size|input_size|\w*feature_sizes|image_grid_pinpoints"
+)
+_FRAMES = re.compile(r"num_frames|frames_per_clip|video_num_frames")
+_SIDE, _FEW_FRAMES = 64, 4
 _NUMBERS = {
     "max_position_embeddings": 64, "n_positions": 64, "n_ctx": 64,
     "kv_lora_rank": 16, "q_lora_rank": 24, "o_lora_rank": 16, "qk_head_dim": 16,
@@ -164,7 +169,11 @@ def _list(
         if _INDICES.fullmatch(key) and value == list(range(depth)):
             return list(range(len(chosen)))
         value = [value[layer] if layer < depth else value[-1] for layer in chosen]
-    elif "lists" not in keep and all(type(v) is int for v in value) and max(value) >= 64:
+    elif (
+        "lists" not in keep
+        and all(type(v) is int for v in value)
+        and (max(value) >= 64 or (max(value) >= 32 and "channels" in key))
+    ):
         if re.search(r"size|dim|channel|filter", key) and not re.search(r"image|window|patch", key):
             return [v // 4 if v >= 32 else v for v in value]
         return value
@@ -242,5 +251,39 @@ def _rope(value: Mapping[str, Any]) -> dict[str, Any]:
     if small.get("original_max_position_embeddings"):
         small["original_max_position_embeddings"] = 32
     if "mrope_section" in small:
-        small["mrope_section"] = [2, 1, 1][: len(small["mrope_section"])]
+        half = HEAD_DIM // 2 * float(value.get("partial_rotary_factor") or 1)
+        few = [2, 1, 1] if half >= 4 else [1, 1, 0]
+        small["mrope_section"] = few[: len(small["mrope_section"])]
     return small
+
+
+def with_small_images(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config for images of 64 to 128 pixels a side: all that is counted in pixels, or in
+    the cells of a map of them, divided by the same power of two; and for a few frames."""
+    sides = [side for side in _sides(values) if side >= 2 * _SIDE]
+    by = 1
+    while sides and max(sides) % (2 * by) == 0 and max(sides) // (2 * by) >= _SIDE:
+        by *= 2
+    return _divided(values, by)
+
+
+def _sides(values: Mapping[str, Any]) -> list[int]:
+    found: list[int] = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found += _sides(value)
+        elif _IMAGE.fullmatch(str(key)) and not str(key).endswith(("sizes", "pinpoints")):
+            found += [v for v in (value if isinstance(value, list) else [value]) if type(v) is int]
+    return found
+
+
+def _divided(value: Any, by: int, key: str = "") -> Any:
+    if isinstance(value, Mapping):
+        return {name: _divided(inner, by, str(name)) for name, inner in value.items()}
+    if isinstance(value, (list, tuple)) and _IMAGE.fullmatch(key):
+        return [_divided(inner, by, key) for inner in value]
+    if type(value) is int and _IMAGE.fullmatch(key) and value % by == 0:
+        return value // by
+    if type(value) is int and _FRAMES.fullmatch(key):
+        return min(value, _FEW_FRAMES)
+    return value
