@@ -12,7 +12,7 @@ from surgery.anatomy.followers import with_followers
 from surgery.anatomy.layout import what_is_not_told
 from surgery.anatomy.mlp import MLP, find_mlp, stores_in_out
 from surgery.anatomy.places import Place, Role
-from surgery.anatomy.several import another_may_be, find_several, misread
+from surgery.anatomy.several import another_may_be, around_others, find_several, misread
 from surgery.tensor import LazyTensor
 
 Key = tuple[str, int]
@@ -94,9 +94,13 @@ def _look(
     """Add what one block has."""
     roles = (Role.UNKNOWN, Role.NORM, Role.MLP)
     plain = {name: tensor for name, tensor in inside.items() if places[name].role in roles}
-    mlp: MLP | str | None = "the hidden size is unknown: no config, embedding or norm tells it"
+    mlp: MLP | str | None = None
     if hidden is not None:
         mlp = find_mlp(*key, plain, hidden, widths, in_out)
+    elif sum(len(tensor.shape) == 2 for tensor in plain.values()) > 1:
+        mlp = "the hidden size is unknown: no config, embedding or norm tells it"
+    if isinstance(mlp, MLP) and around_others(mlp, inside, places, widths):
+        mlp = f"{mlp.down.weight} leads back from a bottleneck with MLPs in it"
     if isinstance(mlp, MLP) and not misread(mlp, inside, places):
         mlp, problem = with_followers(mlp, plain, inside, places)
         found.mlps[key] = mlp
@@ -109,7 +113,7 @@ def _look(
     if mixture:
         return  # what is beside experts stays as it is
     these = find_several(*key, inside, places, hidden, widths, in_out)
-    if these and not another_may_be([mlp for mlp, _ in these], inside, places):
+    if these and not another_may_be([mlp for mlp, _ in these], inside, places, hidden):
         found.several[key] = tuple(mlp for mlp, _ in these)
         if problems := [problem for _, problem in these if problem is not None]:
             found.no_growth[key] = "; ".join(problems)

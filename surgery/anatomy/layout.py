@@ -108,9 +108,12 @@ def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, A
     that module where the config says nothing of so many experts: other things are routed too."""
     known, counts = "model_type" in config, _expert_counts(config)
     module = _module(mlp.down.weight)
+    adapters = {_module(each.name) for each in mlp.followers if len(tensors[each.name].shape) == 2}
     own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
     for name, tensor in tensors.items():
         if name in mlp.tensors or len(tensor.shape) != 2 or mlp.hidden not in tensor.shape:
+            continue
+        if _module(name) in adapters:
             continue
         few = min(tensor.shape)
         if not 1 < few < mlp.hidden or mlp.width % few:

@@ -249,5 +249,6 @@ def _form(mlp: MLP, anatomy: Anatomy) -> tuple[Any, ...]:
     followers = tuple(
         (places[follower.name].inner, "all" if follower.even else "each")
         for follower in mlp.followers
+        if follower.parts == 1  # an adapter's matrix is found by the projection that it adds to
     )
     return ups, places[mlp.down.weight].inner, up.parts, mlp.down.in_out, up.interleaved, followers
