@@ -18,6 +18,7 @@ from surgery.tensor import LazyTensor
 Tensors = Mapping[str, LazyTensor]
 
 _ROLES = (Role.UNKNOWN, Role.NORM, Role.MLP)
+WIDEST_KERNEL = 31
 _STATISTICS = ("running_mean", "running_var")
 
 
@@ -67,6 +68,19 @@ def follower_axis(shape: tuple[int, ...], width: int) -> int | None:
         return None
     axis = shape.index(width)
     return axis if axis == len(shape) - 1 or prod(shape[:axis]) == 1 else None
+
+
+def as_matrix(name: str, tensors: Tensors) -> LazyTensor | None:
+    """The kernel of a convolution over all channels as a tensor of the matrix's shape; None for
+    what can't be one, as where its sizes aren't those of a kernel, or its bias isn't one's."""
+    shape = tensors[name].shape
+    kernel = 3 <= len(shape) <= 5 and name.endswith("weight") and min(shape[:2]) > 1
+    if not kernel or max(shape[2:]) > WIDEST_KERNEL:
+        return None
+    bias = tensors.get(bias_name(name))
+    if bias is not None and bias.shape != shape[:1]:
+        return None
+    return replace(tensors[name], shape=shape[:2])
 
 
 def _follower(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None:

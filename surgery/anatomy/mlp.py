@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from surgery.tensor import LazyTensor
@@ -25,7 +26,8 @@ Kind = Literal["dense", "routed", "shared"]
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix of an MLP, by its name, with its bias if it has one.
+    """A matrix of an MLP, by its name, with its bias if it has one; or the kernel of a convolution,
+    (out, in, size...), which is a matrix at each place.
 
     `in_out` is True for GPT-2's Conv1D, stored (in, out); torch's Linear is (out, in). `parts`
     is 2 where gate and up lie in one matrix: gate first, then up, or, if `interleaved`, the two
@@ -45,6 +47,11 @@ class Projection:
         """The axis of the weight (or bias) along which the neurons lie."""
         stacked = int(self.experts is not None and not self.flat)
         return stacked + int(not bias and down != self.in_out)
+
+    def pieces(self, shape: tuple[int, ...], axis: int) -> int:
+        """How often the neurons are gone through along the rows of a tensor of that shape: once for
+        each expert, or for each output of a kernel."""
+        return prod(shape[:axis]) if axis else self.experts or 1
 
     def indices(self, neurons: numpy.ndarray, width: int, *, below: bool = False) -> numpy.ndarray:
         """Where these neurons, of `width`, lie along the axis: part by part in the order given,

@@ -66,6 +66,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     # of 256 experts that return their input and 4 others, tokens find the others too seldom
     "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    # durations are rounded up to whole frames: with the shortest, rounding decides nothing
+    "vits": {"speaking_rate": 1000.0},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }
