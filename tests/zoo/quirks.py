@@ -74,6 +74,7 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "sam2_video": _TWO_LAYERS,
     "sam3_tracker": _TWO_LAYERS,
     "sam3_tracker_video": _TWO_LAYERS,
+    "sam3_video": {"tracker_config": _TWO_LAYERS},
     # durations are rounded up to whole frames: with the shortest, rounding decides nothing
     "vits": {"speaking_rate": 1000.0},
     # a key whose name means the hidden size elsewhere is the MLP's width
