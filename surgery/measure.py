@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from surgery.anatomy import MLP, Projection
 from surgery.checkpoint import Checkpoint
+from surgery.values import held
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +47,9 @@ def _squares(checkpoint: Checkpoint, projection: Projection, *, rows: bool) -> t
 
     tensor = checkpoint[projection.weight]
     experts = projection.experts or 1
+    if experts == 1 and len(tensor.shape) > 2:  # the kernel of a convolution, which is small
+        tensor = held(tensor.whole().movedim(int(not rows), 0).flatten(1).contiguous())
+        rows = True
     height = tensor.rows // experts
     total = torch.zeros(experts, height if rows else tensor.width, dtype=torch.float64)
     step = max(1, BLOCK_ELEMENTS // max(1, tensor.width)) if tensor.streams else height

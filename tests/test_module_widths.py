@@ -23,6 +23,7 @@ from surgery import (
     write,
 )
 from surgery.modeling.build import build_model
+from surgery.modeling.stock import block_modules, empty_model
 from surgery.verification.inputs import make_inputs
 
 
@@ -40,6 +41,16 @@ def loaded(folder: Path, auto: Any = transformers.AutoModel) -> Any:
     assert not info["missing_keys"]
     assert not info["mismatched_keys"]
     return made.eval()
+
+
+def test_the_blocks_of_a_part_aren_t_those_of_the_model_that_are_called_alike():
+    """Grounding DINO's backbone is called otherwise in files, and the detector has such a list."""
+    config = {"model_type": "grounding-dino", "architectures": ["GroundingDinoModel"]}
+    model = empty_model(config)
+    inner, outer = "backbone.conv_encoder.model.encoder.layers", "encoder.layers"
+    kinds = [type(block_modules(model, name)[0]).__name__ for name in (inner, outer)]
+    assert kinds[0].startswith("Swin")
+    assert kinds[1].startswith("GroundingDino")
 
 
 def test_three_language_models_in_one():

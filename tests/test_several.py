@@ -122,7 +122,8 @@ def test_one_mlp_isn_t_grown_where_another_isn_t_understood(tmp_path: Path) -> N
 
 
 def test_what_is_added_to_gate_and_up_together_is_a_reason(tmp_path: Path) -> None:
-    """As adapters of Zamba 2 are; a norm before them has the hidden size, and isn't one."""
+    """Unless what goes into it is beside it, as in the adapters of Zamba 2; a norm before them has
+    the hidden size, and isn't one."""
     fused: Shapes = {}
     for block in range(2):
         at = f"layers.{block}.ff"

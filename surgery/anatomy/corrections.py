@@ -102,6 +102,7 @@ def put_plain(
     said: Mapping[Key, Sequence[MLP]],
     blocks: Mapping[Key, Tensors],
     places: Mapping[str, Place],
+    hidden: Mapping[Key, int | None],
     mlps: dict[Key, MLP],
     several: dict[Key, tuple[MLP, ...]],
     no_growth: dict[Key, str],
@@ -113,8 +114,13 @@ def put_plain(
             continue
         experts = names_of(mlp for mlp in every if mlp.kind != "dense")
         inside = {name: t for name, t in blocks[key].items() if name not in experts}
-        loose = {name: t for name, t in inside.items() if places[name].role is not Role.ATTENTION}
-        found = [with_followers(mlp, loose, inside, places) for mlp in plain]
+        theirs = names_of(plain)
+        loose = {
+            name: tensor
+            for name, tensor in inside.items()
+            if name not in theirs and places[name].role is not Role.ATTENTION
+        }
+        found = [with_followers(mlp, loose, inside, places, hidden[key]) for mlp in plain]
         no_growth.pop(key, None)
         mlps.pop(key, None)
         several.pop(key, None)

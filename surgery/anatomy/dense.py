@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from surgery.anatomy.experts import Experts
-from surgery.anatomy.followers import with_followers
+from surgery.anatomy.followers import apart, as_matrix, with_followers
 from surgery.anatomy.layout import what_is_not_told
-from surgery.anatomy.mlp import MLP, find_mlp, stores_in_out
+from surgery.anatomy.mlp import MLP, find_mlp, module_of, stores_in_out
 from surgery.anatomy.places import Place, Role
-from surgery.anatomy.several import another_may_be, find_several, misread
+from surgery.anatomy.several import another_may_be, around_others, find_several, misread
 from surgery.tensor import LazyTensor
 
 Key = tuple[str, int]
@@ -90,9 +90,13 @@ def _look(
     """Add what one block has."""
     roles = (Role.UNKNOWN, Role.NORM, Role.MLP)
     plain = {name: tensor for name, tensor in inside.items() if places[name].role in roles}
-    mlp: MLP | str | None = "the hidden size is unknown: no config, embedding or norm tells it"
+    mlp: MLP | str | None = None
     if hidden is not None:
         mlp = find_mlp(*key, plain, hidden, widths, in_out)
+    elif sum(len(tensor.shape) == 2 for tensor in plain.values()) > 1:
+        mlp = "the hidden size is unknown: no config, embedding or norm tells it"
+    if isinstance(mlp, MLP) and around_others(mlp, inside, places, widths):
+        mlp = f"{mlp.down.weight} leads back from a bottleneck with MLPs in it"
     if isinstance(mlp, MLP) and not misread(mlp, inside, places):
         mlp, problem = with_followers(mlp, plain, inside, places)
         found.mlps[key] = mlp
@@ -105,7 +109,9 @@ def _look(
     if mixture:
         return  # what is beside experts stays as it is
     these = find_several(*key, inside, places, hidden, widths, in_out)
-    if these and not another_may_be([mlp for mlp, _ in these], inside, places):
+    if not these and _add_convolutions(found, key, inside, places, widths):
+        return
+    if these and not another_may_be([mlp for mlp, _ in these], inside, places, hidden):
         found.several[key] = tuple(mlp for mlp, _ in these)
         if problems := [problem for _, problem in these if problem is not None]:
             found.no_growth[key] = "; ".join(problems)
@@ -115,6 +121,38 @@ def _look(
             if isinstance(mlp, MLP)
             else mlp
         )
+
+
+def _add_convolutions(
+    found: Dense, key: Key, inside: Tensors, places: Mapping[str, Place], widths: set[int]
+) -> bool:
+    """Add the MLPs of a block whose matrices are kernels of convolutions, and whether there are
+    some: pairs alone in a module that lead from the size of a norm to a larger one and back. What
+    else there is is no reason to refuse, for most convolutions are no MLP's."""
+    kernels = {name: as_matrix(name, inside) for name in inside}
+    flat = {name: kernels[name] or tensor for name, tensor in inside.items()}
+    these = [
+        with_followers(mlp, _rest(inside, places), inside, places)
+        for mlp, problem in find_several(*key, flat, places, None, widths, in_out=False)
+        if problem is None and mlp.width > mlp.hidden and _alone(mlp, flat)
+        if all(kernels[each.weight] for each in (*mlp.ups, mlp.down))
+    ]
+    whole = tuple(mlp for mlp, problem in apart(these) if problem is None)
+    if whole:
+        found.several[key] = whole
+    return bool(whole)
+
+
+def _alone(mlp: MLP, flat: Tensors) -> bool:
+    """Whether an MLP has a module of its own, without other matrices."""
+    own = module_of(f"{mlp.stack}.{mlp.block}.", mlp.tensors)
+    theirs = {name for name, tensor in flat.items() if name.startswith(own)}
+    matrices = {name for name in theirs if len(flat[name].shape) == 2}
+    return bool(own) and matrices == {each.weight for each in (*mlp.ups, mlp.down)}
+
+
+def _rest(inside: Tensors, places: Mapping[str, Place]) -> dict[str, LazyTensor]:
+    return {n: t for n, t in inside.items() if places[n].role is not Role.ATTENTION}
 
 
 def _apart(

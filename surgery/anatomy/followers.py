@@ -1,5 +1,5 @@
 """What else of an MLP has something for every neuron: a norm over the hidden activation, a
-depthwise convolution between up and down.
+depthwise convolution between up and down, the second matrix of an adapter beside up.
 
 Only shapes and places are known here, so what could be two things is taken for the one that allows
 less, and what could be a matrix isn't taken for a follower at all.
@@ -18,20 +18,26 @@ from surgery.tensor import LazyTensor
 Tensors = Mapping[str, LazyTensor]
 
 _ROLES = (Role.UNKNOWN, Role.NORM, Role.MLP)
+WIDEST_KERNEL = 31
 _STATISTICS = ("running_mean", "running_var")
 
 
 def with_followers(
-    mlp: MLP, loose: Tensors, inside: Tensors, places: Mapping[str, Place]
+    mlp: MLP,
+    loose: Tensors,
+    inside: Tensors,
+    places: Mapping[str, Place],
+    hidden: int | None = None,
 ) -> tuple[MLP, str | None]:
     """The MLP with its followers, and the reason why it can't be grown, if there is one: of `loose`
-    others have its width and aren't understood. `inside` is all that is in its block."""
+    others have its width and aren't understood. `inside` is all that is in its block, `hidden` the
+    size that the block has, if it may be another than the MLP's."""
     block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
     own = module_of(block, mlp.tensors)
     found, strange = [], []
-    for name in follows_width(mlp, loose):
+    for name in follows_width(mlp, loose, hidden):
         follower = None
-        if own and mlp.width != mlp.hidden and places[name].role in _ROLES:
+        if own and mlp.width not in (mlp.hidden, hidden) and places[name].role in _ROLES:
             follower = _follower(name, mlp, own, inside)
         if follower is None:
             strange.append(name)
@@ -64,11 +70,26 @@ def follower_axis(shape: tuple[int, ...], width: int) -> int | None:
     return axis if axis == len(shape) - 1 or prod(shape[:axis]) == 1 else None
 
 
+def as_matrix(name: str, tensors: Tensors) -> LazyTensor | None:
+    """The kernel of a convolution over all channels as a tensor of the matrix's shape; None for
+    what can't be one, as where its sizes aren't those of a kernel, or its bias isn't one's."""
+    shape = tensors[name].shape
+    kernel = 3 <= len(shape) <= 5 and name.endswith("weight") and min(shape[:2]) > 1
+    if not kernel or max(shape[2:]) > WIDEST_KERNEL:
+        return None
+    bias = tensors.get(bias_name(name))
+    if bias is not None and bias.shape != shape[:1]:
+        return None
+    return replace(tensors[name], shape=shape[:2])
+
+
 def _follower(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None:
     """A tensor of the MLP's module `own` as a follower; None for what may be anything."""
     tensor = inside[name]
+    if len(tensor.shape) == 2:
+        return _of_adapter(name, mlp, own, inside)
     shape, axis = tensor.shape, follower_axis(tensor.shape, mlp.width)
-    if axis is None or len(shape) == 2 or _in_another_module(name, mlp, own, inside):
+    if axis is None or _in_another_module(name, mlp, own, inside):
         return None
     if _is_depthwise(name, mlp.width, inside):
         return Follower(name, axis)
@@ -78,6 +99,27 @@ def _follower(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None
         return Follower(name, axis, even=not of_kernel and not _of_batch_norm(module, mlp, inside))
     vector = prod(shape) == mlp.width and axis in (0, len(shape) - 1)
     return Follower(name, axis, even=True) if vector else None
+
+
+def _of_adapter(name: str, mlp: MLP, own: str, inside: Tensors) -> Follower | None:
+    """The second matrix of an adapter whose numbers are added to those of the one up projection,
+    which its name has in it: the first leads from the hidden size, and both are alone in a module
+    of theirs."""
+    up, last = mlp.ups[0], mlp.ups[0].weight.removesuffix(".weight").rpartition(".")[2]
+    module = name.removesuffix(".weight").rpartition(".")[0] + "."
+    pair = [other for other in inside if other.startswith(module)]
+    firsts = [other for other in pair if other != name]
+    parts, rank = up.parts, inside[name].shape[1]
+    fitting = (
+        len(mlp.ups) == len(firsts) == 1
+        and len(module) > len(own)
+        and last in name.removeprefix(own)
+        and not (up.in_out or up.interleaved)
+        and inside[name].shape[0] == parts * mlp.width
+        and inside[firsts[0]].shape == (rank, mlp.hidden)
+        and rank not in (mlp.width, parts * mlp.width, mlp.hidden)
+    )
+    return Follower(name, parts=parts) if fitting else None
 
 
 def _in_another_module(name: str, mlp: MLP, own: str, inside: Tensors) -> bool:

@@ -116,7 +116,7 @@ def infer(
     experts = find_mixtures(in_blocks, places, sizes, config, part, layouts, said)
     found = find_dense(tensors, places, sizes, _all_widths(config), experts, layouts, config)
     mlps, no_growth = found.mlps, found.no_growth
-    put_plain(said, in_blocks, places, mlps, found.several, no_growth)
+    put_plain(said, in_blocks, places, sizes, mlps, found.several, no_growth)
     no_growth |= not_understood(experts)
     note_sparse_activations(mlps, stacks, part)
     several = {key: these for key, these in found.several.items() if key not in mlps}

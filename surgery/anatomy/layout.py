@@ -105,12 +105,16 @@ def _chooses(mlp: MLP, tensors: Mapping[str, LazyTensor], config: Mapping[str, A
     """A matrix that gives a few numbers for each token, by which its width can be divided, in the
     module of the MLP or named like a router. In a model whose config says which widths are meant
     it is none where a matrix beside it leads those numbers back to the hidden size, nor outside
-    that module where the config says nothing of so many experts: other things are routed too."""
+    that module where the config says nothing of so many experts: other things are routed too. The
+    first matrix of an adapter gives its numbers to the second, which follows the MLP."""
     known = "model_type" in config
     module = _module(mlp.down.weight)
+    adapters = {_module(each.name) for each in mlp.followers if len(tensors[each.name].shape) == 2}
     own = module.count(".") > f"{mlp.stack}.{mlp.block}.".count(".")
     for name, tensor in tensors.items():
         if name in mlp.tensors or len(tensor.shape) != 2 or mlp.hidden not in tensor.shape:
+            continue
+        if _module(name) in adapters:
             continue
         few = min(tensor.shape)
         if not 1 < few < mlp.hidden or mlp.width % few:

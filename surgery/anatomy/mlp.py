@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from math import prod
 from typing import TYPE_CHECKING, Literal
 
 from surgery.tensor import LazyTensor
@@ -25,7 +26,8 @@ Kind = Literal["dense", "routed", "shared"]
 
 @dataclass(frozen=True)
 class Projection:
-    """A matrix of an MLP, by its name, with its bias if it has one.
+    """A matrix of an MLP, by its name, with its bias if it has one; or the kernel of a convolution,
+    (out, in, size...), which is a matrix at each place.
 
     `in_out` is True for GPT-2's Conv1D, stored (in, out); torch's Linear is (out, in). `parts`
     is 2 where gate and up lie in one matrix: gate first, then up, or, if `interleaved`, the two
@@ -45,6 +47,11 @@ class Projection:
         """The axis of the weight (or bias) along which the neurons lie."""
         stacked = int(self.experts is not None and not self.flat)
         return stacked + int(not bias and down != self.in_out)
+
+    def pieces(self, shape: tuple[int, ...], axis: int) -> int:
+        """How often the neurons are gone through along the rows of a tensor of that shape: once for
+        each expert, or for each output of a kernel."""
+        return prod(shape[:axis]) if axis else self.experts or 1
 
     def indices(self, neurons: numpy.ndarray, width: int, *, below: bool = False) -> numpy.ndarray:
         """Where these neurons, of `width`, lie along the axis: part by part in the order given,
@@ -71,12 +78,14 @@ class Follower:
 
     A copied neuron takes its part along. Where that part acts on the neuron by itself (a depthwise
     convolution), that is all; with `even` it may be of a norm, which looks at all neurons: their
-    mean and mean square stay what they were only if each of them is copied as often.
+    mean and mean square stay what they were only if each of them is copied as often. `parts` is 2
+    for what is added to gate and up in one matrix: the second matrix of an adapter (Zamba 2).
     """
 
     name: str
     axis: int = 0
     even: bool = False
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -147,7 +156,7 @@ class MLP:
                 yield up.bias, up, up.axis(down=False, bias=True)
         yield self.down.weight, self.down, self.down.axis(down=True)
         for follower in self.followers:
-            yield follower.name, Projection(follower.name), follower.axis
+            yield follower.name, Projection(follower.name, parts=follower.parts), follower.axis
 
 
 INTERLEAVED_NAME = re.compile(r"(^|[._])w13_(weight|dn)")
@@ -236,10 +245,12 @@ def stores_in_out(tensors: Mapping[str, LazyTensor]) -> bool:
     )
 
 
-def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
+def follows_width(
+    mlp: MLP, tensors: Mapping[str, LazyTensor], hidden: int | None = None
+) -> list[str]:
     """Other tensors with an axis of the MLP's width, in the MLP's own module (in the block, where
-    it has none): growing without them would break them. Where the width is the hidden size too, matrices say
-    nothing, and vectors outside that module neither."""
+    it has none): growing without them would break them. Where the width is the hidden size too, or
+    `hidden`, that of the block, matrices say nothing, and vectors outside that module neither."""
     known = set(mlp.tensors) | {mlp.down.bias}
     block = "" if mlp.block is None else f"{mlp.stack}.{mlp.block}."
     own = module_of(block, mlp.tensors)
@@ -250,7 +261,7 @@ def follows_width(mlp: MLP, tensors: Mapping[str, LazyTensor]) -> list[str]:
         for name, tensor in tensors.items()
         if name not in known and not sizes.isdisjoint(tensor.shape) and name.startswith(own)
         if tensor.dtype.kind != "integer"  # an index, which counts something else
-        if mlp.width != mlp.hidden or (own and len(tensor.shape) == 1)
+        if mlp.width not in (mlp.hidden, hidden) or (own and len(tensor.shape) == 1)
     ]
 
 
@@ -269,7 +280,7 @@ def second_of_two(names: list[str]) -> str | None:
     same matrix of two blocks in a list."""
     if len(names) != 2 or len({re.sub(r"\d+", "", name) for name in names}) != 1:
         return None
-    paths = [_parent(name).split(".") for name in names]
+    paths = [parent(name).split(".") for name in names]
     if any(a != b and a.isdigit() for a, b in zip(*paths, strict=False)):
         return None
     return max(names, key=lambda name: list(map(int, re.findall(r"\d+", name))))
@@ -277,7 +288,7 @@ def second_of_two(names: list[str]) -> str | None:
 
 def _ups_of(down: str, candidates: list[str]) -> list[str]:
     """Those of the candidates that are in the module of the down projection, if any is."""
-    return [name for name in candidates if name.startswith(_parent(down))] or candidates
+    return [name for name in candidates if name.startswith(parent(down))] or candidates
 
 
 def _apart(
@@ -286,17 +297,17 @@ def _apart(
     """Whether the other candidates for a down projection are in other modules: neither in its own
     nor around it. Around one that holds what leads to it too there may be an adapter: two matrices
     of a size of their own, there and back."""
-    own = _parent(down)
+    own = parent(down)
     held = any(name.startswith(own) for name in ups)
     sizes = Counter((*downs.values(), *ups.values()))
-    around = [name for name in candidates if name != down and down.startswith(_parent(name))]
+    around = [name for name in candidates if name != down and down.startswith(parent(name))]
     return all(
-        held and _parent(name) != own and sizes[downs[name]] == 2 and downs[name] in ups.values()
+        held and parent(name) != own and sizes[downs[name]] == 2 and downs[name] in ups.values()
         for name in around
     )
 
 
-def _parent(weight: str) -> str:
+def parent(weight: str) -> str:
     """The module that a projection is in, with a dot behind it."""
     return weight.removesuffix(".weight").rpartition(".")[0] + "."
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from surgery.anatomy.followers import follower_axis
+from surgery.anatomy.followers import as_matrix, follower_axis
 from surgery.anatomy.mlp import MLP, Follower, Kind, Projection, bias_name
 from surgery.tensor import LazyTensor
 
@@ -164,6 +164,7 @@ class MLPCorrection:
 
     def _problems(self, inside: Tensors, block: int) -> list[str]:
         """Those of one MLP, or of stacked experts: names, then dimensions, then sizes."""
+        inside = self._matrices(inside, block)
         names = [self.name(block, inner) for inner in (*self.ups, self.down)]
         others = [self.name(block, inner) for inner in [*self._names()][len(names) :]]
         missing = [f"there is no {name}" for name in (*names, *others) if name not in inside]
@@ -193,6 +194,14 @@ class MLPCorrection:
                 if follower_axis(inside[name].shape, width) is None
             ),
         ]
+
+    def _matrices(self, inside: Tensors, block: int) -> Tensors:
+        """The same with kernels of convolutions as the matrices that they are at each place."""
+        if self.kind != "dense":
+            return inside
+        names = [self.name(block, inner) for inner in (*self.ups, self.down)]
+        seen = {name: as_matrix(name, inside) for name in names if name in inside}
+        return {**inside, **{name: matrix for name, matrix in seen.items() if matrix is not None}}
 
     def _unlike(self, inside: Tensors, ups: Sequence[str], down: str) -> Iterator[str]:
         """Ups whose shape isn't that which goes with the down projection."""
@@ -228,6 +237,7 @@ class MLPCorrection:
 
     def _mlp(self, inside: Tensors, block: int) -> MLP:
         """One MLP, or stacked experts, that it fits."""
+        inside = self._matrices(inside, block)
         hidden, width = self._sides(inside[self.name(block, self.down)])
         down = self._projection(inside, block, self.down, 1)
         return MLP(

@@ -154,14 +154,17 @@ def block_modules(model: Any, stack: str) -> Any:
     """The ModuleList that `stack`, named as on disk, became in the model.
 
     Files of a base model lack the prefix that a model with a head has, and the other way round,
-    so that the longest common ending decides.
+    so that the longest common ending decides where no list has the name: a part of a model has
+    lists that are called like the model's own.
     """
     from torch import nn
 
     lists = {n: m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    for wanted in (stack, _renamed(model, stack)):
+    names = stack, _renamed(model, stack)
+    for wanted in names:
         if wanted in lists:
             return lists[wanted]
+    for wanted in names:
         found = [n for n in lists if n.endswith("." + wanted) or wanted.endswith("." + n)]
         longest = [n for n in found if len(n) == max(map(len, found))]
         if len(longest) == 1:

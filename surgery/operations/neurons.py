@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Mapping
+from dataclasses import replace
 from functools import lru_cache, partial
 from math import prod
 from typing import TYPE_CHECKING, Any
@@ -104,12 +105,15 @@ def split_neurons(
         plan = _column_plan(runs, growth.padding, tensor.dtype.torch, plain)
         kernel = partial(split_columns, symmetry_break=symmetry_break, **plan)
         return LazyTensor(shape, tensor.dtype, inputs=(tensor, *draw), kernel=kernel)
+    pieces, each = down.pieces(shape, axis), prod(shape[axis + 1 : -1])
     of_rows: list[tuple[int, int, int]] = []
-    for at, start, stop in growth.runs(down):
+    for at, start, stop in growth.runs(replace(down, experts=pieces)):
         # padding: any row, none of it is shared out
-        of_rows += [(0, start, stop)] if at is not None else [(0, 0, 1)] * (stop - start)
+        some = (stop - start) * each
+        of_rows += [(0, start * each, stop * each)] if at is not None else [(0, 0, 1)] * some
     rows = [gather((source,), tuple(of_rows), shape) for source in (tensor, *draw)]
-    every = [table(numpy.tile(numbers, down.experts or 1)) for numbers in (ordinals, copies)]
+    numbers = [numpy.tile(numpy.repeat(n, each), pieces) for n in (ordinals, copies)]
+    every = [table(each_row) for each_row in numbers]
     return LazyTensor(
         shape,
         tensor.dtype,

@@ -123,7 +123,11 @@ def _form(mlp: MLP, anatomy: Anatomy) -> MLPCorrection:
         mlp.down.in_out and not up.flat,
         None,
         up.interleaved,
-        tuple((inner(follower.name), follower.even) for follower in mlp.followers),
+        tuple(
+            (inner(follower.name), follower.even)
+            for follower in mlp.followers
+            if follower.parts == 1  # an adapter's matrix is found by the projection that it adds to
+        ),
         mlp.kind,
         tuple(
             (inner(each.weight), inner(each.bias))

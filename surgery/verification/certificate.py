@@ -19,7 +19,7 @@ Nothing is assumed of how the weights were made: they are read and compared.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from threading import Lock
 
@@ -202,7 +202,10 @@ def _grown_checks(
     import torch
 
     columns = axis > 0 and axis == len(base.shape) - 1
-    sources = projection.indices(growth.sources(), growth.mlp.width, below=not columns)
+    wide = projection
+    if not columns:
+        wide = replace(wide, experts=projection.pieces(base.shape, axis))
+    sources = wide.indices(growth.sources(), growth.mlp.width, below=not columns)
     if not columns and (each := prod(base.shape[axis + 1 : -1])) != 1:  # rows of a kernel
         rows_of = each * sources[:, None] + numpy.arange(each)
         sources = numpy.where(sources[:, None] >= 0, rows_of, -1).reshape(-1)

@@ -28,6 +28,8 @@ _ADAPTERS = {
     "audio_config": {"adapter_input_size": 48, "adapter_out_dim": 32},
 }
 
+_TWO_LAYERS = {"mask_decoder_config": {"num_hidden_layers": 2}}
+
 QUIRKS: dict[str, dict[str, Any]] = {
     # the default config lacks what the model needs
     "autoformer": {"prediction_length": 16},
@@ -88,6 +90,15 @@ QUIRKS: dict[str, dict[str, Any]] = {
     # of 256 experts that return their input and 4 others, tokens find the others too seldom
     "longcat_flash": {"zero_expert_num": 4},
     "mamba2": {"num_heads": 8, "head_dim": 8},
+    # as many matrices as the decoder has layers, which are two: a third is one in the middle
+    "edgetam_video": _TWO_LAYERS,
+    "sam2": _TWO_LAYERS,
+    "sam2_video": _TWO_LAYERS,
+    "sam3_tracker": _TWO_LAYERS,
+    "sam3_tracker_video": _TWO_LAYERS,
+    "sam3_video": {"tracker_config": _TWO_LAYERS},
+    # durations are rounded up to whole frames: with the shortest, rounding decides nothing
+    "vits": {"speaking_rate": 1000.0},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }
