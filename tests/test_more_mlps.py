@@ -196,10 +196,14 @@ def test_an_adapter_is_added_to_the_copies_as_to_their_neurons(tmp_path: Path) -
     assert apart(run(name, tmp_path / "wrong"), run(name, model(name))) > 100 * SAME
 
 
-def test_an_adapter_is_found_beside_an_mlp_that_a_user_names(tmp_path: Path) -> None:
-    base = opened("Zamba2ForCausalLM")
+@pytest.mark.parametrize("name", list(MODELS))
+def test_what_a_user_names_is_what_is_found(name: str, tmp_path: Path) -> None:
+    """Kernels as matrices, several MLPs of a block, what follows each, an adapter beside one."""
+    base = opened(name)
     (tmp_path / "found.yaml").write_text(anatomy_yaml(base.anatomy))
-    assert correct_anatomy(base, tmp_path / "found.yaml").anatomy.mlps == base.anatomy.mlps
+    named = correct_anatomy(base, tmp_path / "found.yaml").anatomy
+    assert list(named.every_mlp) == list(base.anatomy.every_mlp)
+    assert named.no_growth == {}
 
 
 def test_one_matrix_that_leads_to_gate_and_up_is_no_adapter(tmp_path: Path) -> None:

@@ -505,3 +505,10 @@ def test_logits_that_arent_finite_prove_nothing(tmp_path: Path) -> None:
     broken = open_checkpoint(save_raw(tmp_path / "nan", weights, config=config))
     with pytest.raises(FormatError, match=r"nan gives logits that aren't finite"):
         verify(broken, grow(broken, factor=2), device="cpu")
+
+
+def test_outputs_of_zeros_prove_nothing() -> None:
+    base = open_checkpoint(build("llama"))
+    blank = with_tensor(base, "lm_head.weight", torch.zeros(base["lm_head.weight"].shape))
+    with pytest.raises(UnsupportedError, match=r"nothing but zeros on .* random tokens"):
+        verify(blank, grow(blank, factor=2), device="cpu")

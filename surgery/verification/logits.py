@@ -118,6 +118,11 @@ def compare_logits(
             f"its weights hold NaN or infinity, or overflow in {dtype}; --no-logits leaves the "
             f"certificate"
         )
+    if not bool(first_run.output.any()):
+        raise UnsupportedError(
+            f"{base.source.reference} gives nothing but zeros on {inputs.what}, so nothing can be "
+            f"compared; --no-logits leaves the certificate"
+        )
     second = next(runs)
     if first_run.output.shape != second.output.shape:
         raise UnsupportedError(
