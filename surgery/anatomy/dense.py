@@ -10,7 +10,8 @@ from typing import Any
 from surgery.anatomy.experts import Experts
 from surgery.anatomy.followers import apart, as_matrix, with_followers
 from surgery.anatomy.layout import what_is_not_told
-from surgery.anatomy.mlp import MLP, find_mlp, module_of, stores_in_out
+from surgery.anatomy.matrices import find_mlp, module_of, stores_in_out
+from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role
 from surgery.anatomy.several import another_may_be, around_others, find_several, misread
 from surgery.tensor import LazyTensor

@@ -16,15 +16,8 @@ from typing import Any
 
 from surgery.anatomy.idle import idle_projections
 from surgery.anatomy.inner import Inner, find_inner
-from surgery.anatomy.mlp import (
-    DOWN,
-    INTERLEAVED_NAME,
-    MLP,
-    Kind,
-    Projection,
-    find_mlp,
-    follows_width,
-)
+from surgery.anatomy.matrices import DOWN, INTERLEAVED_NAME, find_mlp, follows_width
+from surgery.anatomy.mlp import MLP, Kind, Projection
 from surgery.tensor import LazyTensor
 
 INTERLEAVED = frozenset({"gpt_oss"})

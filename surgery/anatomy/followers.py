@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from math import prod
 
-from surgery.anatomy.mlp import MLP, Follower, bias_name, follows_width, module_of
+from surgery.anatomy.matrices import bias_name, follows_width, module_of
+from surgery.anatomy.mlp import MLP, Follower
 from surgery.anatomy.places import Place, Role
 from surgery.tensor import LazyTensor
 

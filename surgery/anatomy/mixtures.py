@@ -11,7 +11,8 @@ from surgery.anatomy.corrections import Corrections, names_of
 from surgery.anatomy.experts import Experts, find_experts, left_over
 from surgery.anatomy.inner import find_inner
 from surgery.anatomy.layout import SAY, what_is_not_told
-from surgery.anatomy.mlp import MLP, follows_width, module_of
+from surgery.anatomy.matrices import follows_width, module_of
+from surgery.anatomy.mlp import MLP
 from surgery.anatomy.places import Place, Role
 from surgery.tensor import LazyTensor
 

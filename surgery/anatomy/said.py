@@ -7,7 +7,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from surgery.anatomy.followers import as_matrix, follower_axis
-from surgery.anatomy.mlp import MLP, Follower, Kind, Projection, bias_name
+from surgery.anatomy.matrices import bias_name
+from surgery.anatomy.mlp import MLP, Follower, Kind, Projection
 from surgery.tensor import LazyTensor
 
 Tensors = Mapping[str, LazyTensor]

@@ -13,16 +13,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from surgery.anatomy.followers import apart, with_followers
-from surgery.anatomy.mlp import (
-    DOWN,
-    MLP,
-    Projection,
-    bias_name,
-    find_mlp,
-    module_of,
-    parent,
-    second_of_two,
-)
+from surgery.anatomy.matrices import DOWN, bias_name, find_mlp, module_of, parent, second_of_two
+from surgery.anatomy.mlp import MLP, Projection
 from surgery.anatomy.places import ATTENTION, NORM, Place, Role
 from surgery.tensor import LazyTensor
 

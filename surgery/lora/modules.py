@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from surgery.anatomy import Role
-from surgery.anatomy.mlp import stores_in_out
+from surgery.anatomy.matrices import stores_in_out
 from surgery.checkpoint import Checkpoint
 from surgery.errors import ArgumentError, UnsupportedError
 from surgery.lora.matching import Names

@@ -16,7 +16,7 @@ from importlib import resources
 from typing import Any
 
 from surgery.anatomy import MLP
-from surgery.anatomy.mlp import module_of
+from surgery.anatomy.matrices import module_of
 from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.modeling.stock import auto_classes, block_path, model_class, path_of

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any
 
 from surgery.anatomy import MLP, Anatomy, Projection
-from surgery.anatomy.mlp import module_of
+from surgery.anatomy.matrices import module_of
 from surgery.anatomy.said import MLPCorrection, bias_names, numbers
 
 NUMBER = re.compile(r"(?<![^._])[0-9]+(?=[._])")
