@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -28,6 +28,7 @@ from surgery import (
     merge,
     open_checkpoint,
 )
+from surgery.anatomy import MLP
 from surgery.growth import Growth
 from surgery.modeling.build import build_model
 from surgery.tensor import LazyTensor
@@ -60,9 +61,10 @@ def examine(tiny: Tiny) -> dict[str, Any]:
     inputs, what, unreached = what_it_runs_on(tiny, base)
     before = cache(lambda: outputs(base, inputs))
     chosen = [mlp for mlp in base.anatomy.every_mlp if mlp.stack not in left]
+    last = some(chosen)
     even = any(mlp.even_because for mlp in chosen)
     # a fraction where it may be: a norm behind the MLP would hide that the split is forgotten
-    part = 3 if any(mlp.even_because for mlp in chosen if mlp.block == int(some(base))) else 1.5
+    part = 3 if any(mlp.even_because for mlp in chosen if str(mlp.block) == last) else 1.5
     checks: dict[str, Callable[[], object]] = {
         "anatomy": lambda: check_anatomy(tiny, base),
         "lines": lambda: check_lines(base, tuned[0]),
@@ -70,9 +72,9 @@ def examine(tiny: Tiny) -> dict[str, Any]:
         "diff": lambda: check_diff(base, tuned[0]),
         "grow 2": lambda: check_growth(base, before, inputs, factor=2),
         "grow 1.5": lambda: check_growth(base, before, inputs, factor=1.5),
-        "some": lambda: check_growth(base, before, inputs, factor=part, layers=some(base)),
+        "some": lambda: check_growth(base, before, inputs, factor=part, layers=last),
         "padded": lambda: check_growth(
-            base, before, inputs, factor=part, layers=some(base), uniform=True
+            base, before, inputs, factor=part, layers=last, uniform=True
         ),
     }
     if even:
@@ -113,13 +115,11 @@ def what_it_runs_on(tiny: Tiny, base: Checkpoint) -> tuple[Values, str, list[str
     return made.values, made.what, sorted({stack for stack, _, _ in made.unreached or ()})
 
 
-def some(base: Checkpoint) -> str:
+def some(mlps: Sequence[MLP]) -> str:
     """The last of the layers that have an MLP, in all stacks that grow."""
-    left = left_out(base)
     last: dict[str, int] = {}
-    for mlp in base.anatomy.every_mlp:
-        if mlp.stack not in left:
-            last[mlp.stack] = max(mlp.block or 0, last.get(mlp.stack, 0))
+    for mlp in mlps:
+        last[mlp.stack] = max(mlp.block or 0, last.get(mlp.stack, 0))
     return str(min(last.values(), default=0))
 
 
