@@ -232,6 +232,10 @@ def _shapes_only() -> Any:
                 _check_range(args[0], args[1] if len(args) > 1 else kwargs["weight"])
             if name in ("expand_as", "view_as", "reshape_as") and not args[0].is_meta:
                 return getattr(args[0], name.removesuffix("_as"))(args[1].shape)
+            if (
+                func is functional.grid_sample
+            ):  # on "meta" it is taken apart, at a hundred times the cost
+                return _sampled(*args, **kwargs)
             if name == "__getitem__":
                 return args[0].to("meta")[_as_index(args[1])]
             try:
@@ -245,6 +249,13 @@ def _shapes_only() -> Any:
             return tree_map_only(torch.Tensor, settled, made)
 
     return ShapesOnly()
+
+
+def _sampled(input: torch.Tensor, grid: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+    import torch
+
+    shape = (*input.shape[:2], *grid.shape[1:-1])
+    return torch.empty(shape, dtype=input.dtype, device="meta")
 
 
 def _check_size(func: Any, args: Any, kwargs: Any) -> None:

@@ -18,6 +18,9 @@ MOST_MENDS = 10
 MOST_RUNS = 20
 """With one set of arguments and what is made of it."""
 MOST_RUNS_IN_ALL = 200
+MOST_MODULES = 4_000
+"""That are called in all runs together: a large model that refuses everything isn't run for
+minutes."""
 MOST_ALIKE = 12
 """Refusals for one reason, sizes aside, that are answered: a config that contradicts itself
 refuses everything for the same one."""
@@ -35,6 +38,7 @@ class Trials:
         self._seen: set[tuple[Any, ...]] = set()
         self._alike: Counter[tuple[type, str]] = Counter()
         self._left = self._left_in_all = MOST_RUNS_IN_ALL
+        self._modules_left = MOST_MODULES
 
     def settle(
         self, values: Values, good: Callable[[Any], bool], method: str = "forward"
@@ -54,6 +58,7 @@ class Trials:
         self._left -= 1
         self._left_in_all -= 1
         attempt = self._hollow.attempt(values, method)
+        self._modules_left -= len(attempt.called)
         if attempt.error is None:
             return (values, attempt) if good(attempt.result) else None
         self.first = self.first or attempt.error
@@ -61,7 +66,7 @@ class Trials:
         self._alike[reason] += 1
         if mends and self._alike[reason] <= MOST_ALIKE:
             for other in mended(values, attempt, self._hollow, self._seed, method):
-                if self._left < 0:
+                if self._left < 0 or self._modules_left < 0:
                     break
                 if found := self._try(other, good, method, mends - 1):
                     return found

@@ -48,11 +48,11 @@ class Tiny:
     """The outermost lists of blocks among the model's modules, and how long they are."""
 
 
-def build(kind: Kind, folder: Path) -> Tiny:
+def build(kind: Kind, folder: Path, *, search: bool = True) -> Tiny:
     """The tiny model of a kind, in `folder`. Raises NotBuilt.
 
     Of the configs that are tried the first whose model runs is taken, or else the first that can
-    be built.
+    be built; without `search` that one in any case.
     """
     first: Exception | None = None
     chosen = fallback = None
@@ -75,6 +75,7 @@ def build(kind: Kind, folder: Path) -> Tiny:
             fallback = fallback or model
             if runs:
                 chosen = model
+            if runs or not (search or kind.tokens):
                 break
         model = chosen or fallback
         if model is None:

@@ -99,6 +99,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "sam3_video": {"tracker_config": _TWO_LAYERS},
     # durations are rounded up to whole frames: with the shortest, rounding decides nothing
     "vits": {"speaking_rate": 1000.0},
+    "fastspeech2_conformer": {"speaking_speed": 1e-6},
+    "fastspeech2_conformer_with_hifigan": {"model_config": {"speaking_speed": 1e-6}},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }

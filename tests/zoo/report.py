@@ -31,10 +31,10 @@ CHECKS = (
 )
 
 
-def run(kind: Kind, scratch: Path) -> dict[str, Any]:
-    """The entry of one kind of a model type."""
+def run(kind: Kind, scratch: Path, *, search: bool = True) -> dict[str, Any]:
+    """The entry of one kind of a model type. `search`: for a config whose model runs."""
     try:
-        tiny = build(kind, scratch / "model")
+        tiny = build(kind, scratch / "model", search=search)
     except NotBuilt as error:
         return {"kind": kind.kind, "not built": str(error)}
     return {"kind": kind.kind, **examine(tiny)}
