@@ -137,7 +137,7 @@ def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
     known = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else None  # noqa: SIM401  it's lazy
     keys = getattr(known, "ignore_keys_at_rope_validation", None) or ()
     flat = isinstance(rope, dict) and not any(isinstance(one, dict) for one in rope.values())
-    if "mrope_section" in keys and flat:
+    if rope and flat and "mrope_section" in keys:
         values["rope_parameters"] = {"mrope_section": [16, 24, 24]} | rope
     return values
 

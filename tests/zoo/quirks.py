@@ -30,6 +30,18 @@ _ADAPTERS = {
 
 _TWO_LAYERS = {"mask_decoder_config": {"num_hidden_layers": 2}}
 
+_FAST_SPEECH: dict[str, Any] = {
+    "speaking_speed": 1e-6,  # or thousands of frames for each token
+    "hidden_size": 24,
+    "encoder_layers": 3,
+    "decoder_layers": 3,
+    "encoder_linear_units": 72,
+    "decoder_linear_units": 72,
+    "duration_predictor_channels": 16,
+    "energy_predictor_channels": 16,
+    "pitch_predictor_channels": 16,
+    "speech_decoder_postnet_units": 16,
+}
 QUIRKS: dict[str, dict[str, Any]] = {
     # the default config lacks what the model needs
     "autoformer": {"prediction_length": 16},
@@ -99,8 +111,8 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "sam3_video": {"tracker_config": _TWO_LAYERS},
     # durations are rounded up to whole frames: with the shortest, rounding decides nothing
     "vits": {"speaking_rate": 1000.0},
-    "fastspeech2_conformer": {"speaking_speed": 1e-6},
-    "fastspeech2_conformer_with_hifigan": {"model_config": {"speaking_speed": 1e-6}},
+    "fastspeech2_conformer": _FAST_SPEECH,
+    "fastspeech2_conformer_with_hifigan": {"model_config": _FAST_SPEECH},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }
