@@ -18,8 +18,8 @@ MOST_MENDS = 10
 MOST_RUNS = 20
 """With one set of arguments and what is made of it."""
 MOST_RUNS_IN_ALL = 200
-MOST_MODULES = 4_000
-"""That are called in all runs together: a large model that refuses everything isn't run for
+MOST_MODULES = 20_000
+"""Of the models of all runs together, so that a large one that refuses everything isn't run for
 minutes."""
 MOST_ALIKE = 12
 """Refusals for one reason, sizes aside, that are answered: a config that contradicts itself
@@ -37,8 +37,8 @@ class Trials:
         self._hollow, self._seed = hollow, seed
         self._seen: set[tuple[Any, ...]] = set()
         self._alike: Counter[tuple[type, str]] = Counter()
-        self._left = self._left_in_all = MOST_RUNS_IN_ALL
-        self._modules_left = MOST_MODULES
+        affordable = MOST_MODULES // sum(1 for _ in hollow.model.modules())
+        self._left = self._left_in_all = min(MOST_RUNS_IN_ALL, max(MOST_RUNS, affordable))
 
     def settle(
         self, values: Values, good: Callable[[Any], bool], method: str = "forward"
@@ -58,7 +58,6 @@ class Trials:
         self._left -= 1
         self._left_in_all -= 1
         attempt = self._hollow.attempt(values, method)
-        self._modules_left -= len(attempt.called)
         if attempt.error is None:
             return (values, attempt) if good(attempt.result) else None
         self.first = self.first or attempt.error
@@ -66,7 +65,7 @@ class Trials:
         self._alike[reason] += 1
         if mends and self._alike[reason] <= MOST_ALIKE:
             for other in mended(values, attempt, self._hollow, self._seed, method):
-                if self._left < 0 or self._modules_left < 0:
+                if self._left < 0:
                     break
                 if found := self._try(other, good, method, mends - 1):
                     return found
