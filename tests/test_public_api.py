@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
-import subprocess
-import sys
+
+import processes
 
 import surgery
 from surgery import public
@@ -30,8 +30,10 @@ def test_what_is_not_there_is_no_attribute() -> None:
 def test_help_imports_no_more_than_it_shows() -> None:
     """Neither the library behind the verbs nor what it needs: starting takes no time."""
     shown = "import sys, surgery.commands.main; print(*sys.modules)"
-    command = [sys.executable, "-c", shown]
-    made = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    done = processes.surgery(code=shown)
+    assert done.returncode == 0, done.stderr
+    made = done.stdout.split()
+    assert "surgery.commands.main" in made
     assert not {"torch", "numpy", "transformers", "surgery.public", "surgery.tensor"} & set(made)
 
 

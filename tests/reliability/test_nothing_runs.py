@@ -6,8 +6,10 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import subprocess
 import sys
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -86,7 +88,9 @@ def evil(folder: Path, owned: Path) -> Path:
         "_attn_implementation": "eager",
     }
     folder.mkdir()
-    (folder / "model.safetensors").write_bytes(shard(llama()))
+    values = sum(prod(shape) for _, shape in llama().values())
+    data = struct.pack(f"<{values}f", *(0.01 * (at % 7 + 1) for at in range(values)))
+    (folder / "model.safetensors").write_bytes(shard(llama(), data))
     (folder / "config.json").write_text(json.dumps(config))
     tokens = {
         "auto_map": {"AutoTokenizer": ["tokenization_evil.Evil", None]},
