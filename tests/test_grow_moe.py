@@ -436,7 +436,7 @@ def test_experts_of_other_kinds_grow(
     assert base.anatomy.no_growth == {}
     grown = grow(base, factor=factor)
     assert certify(base, grown, find_growths(base, grown)).holds
-    inputs = {"input_ids": tokens()} if tiny.runs else make_inputs(base).values
+    inputs = {"input_ids": tokens()} if tiny.kind.tokens else make_inputs(base).values
     made = [outputs_of(model, inputs) for model in (base, grown)] if model_type != "step3p7" else []
     assert not made or apart(*made) < SAME
     shared = ("pre_expert", "post_expert", "router", "gate.weight")

@@ -39,7 +39,7 @@ class FarTooLargeError(NotBuilt):
 
 @dataclass(frozen=True)
 class Tiny:
-    """A checkpoint on disk, what it is of, and whether it was seen to take tokens."""
+    """A checkpoint on disk, what it is of, and whether it was seen to run."""
 
     folder: Path
     kind: Kind
@@ -81,7 +81,7 @@ def build(kind: Kind, folder: Path, *, search: bool = True) -> Tiny:
         if model is None:
             raise NotBuilt(_line(first)) from first
         _save(model, folder)
-    return Tiny(folder, kind, chosen is not None and kind.tokens, _lists(model))
+    return Tiny(folder, kind, chosen is not None, _lists(model))
 
 
 def _model(kind: Kind, values: dict[str, Any]) -> Any:

@@ -37,7 +37,7 @@ def run(kind: Kind, scratch: Path, *, search: bool = True) -> dict[str, Any]:
         tiny = build(kind, scratch / "model", search=search)
     except NotBuilt as error:
         return {"kind": kind.kind, "not built": str(error)}
-    return {"kind": kind.kind, **examine(tiny)}
+    return {"kind": kind.kind, **examine(tiny, search=search)}
 
 
 def kinds(model_type: str) -> dict[str, Kind | None]:
