@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from surgery.anatomy.mlp import Projection
@@ -28,7 +27,7 @@ def idle_projections(
     a part of the checkpoint is missing."""
     found = {}
     for other, group in groups.items():
-        moved = tuple(_moved(up, f"{block}{path}.", f"{block}{other}.") for up in ups)
+        moved = tuple(up.moved(f"{block}{path}.", f"{block}{other}.") for up in ups)
         names = {
             new: old
             for pair in zip(moved, ups, strict=True)
@@ -48,8 +47,3 @@ def _counts(config: Mapping[str, Any]) -> set[int]:
         for key, value in config.items()
         if type(value) is int and "expert" in key and _IDLE.search(key)
     }
-
-
-def _moved(up: Projection, path: str, other: str) -> Projection:
-    bias = None if up.bias is None else other + up.bias.removeprefix(path)
-    return replace(up, weight=other + up.weight.removeprefix(path), bias=bias)

@@ -44,6 +44,12 @@ class Projection:
         each expert, or for each output of a kernel."""
         return prod(shape[:axis]) if axis else self.experts or 1
 
+    def moved(self, module: str, other: str) -> Projection:
+        """The same of tensors that are called alike in `other`, where these are in `module`."""
+        weight = other + self.weight.removeprefix(module)
+        bias = None if self.bias is None else other + self.bias.removeprefix(module)
+        return Projection(**{**vars(self), "weight": weight, "bias": bias})
+
     def indices(self, neurons: numpy.ndarray, width: int, *, below: bool = False) -> numpy.ndarray:
         """Where these neurons, of `width`, lie along the axis: part by part in the order given,
         and -1 where that was given. With `below` all experts are rows of one matrix, else they
@@ -121,17 +127,10 @@ class MLP:
 
     def moved(self, module: str, other: str) -> MLP:
         """The same of tensors that are called alike in `other`, where these are in `module`."""
-
-        def there(projection: Projection) -> Projection:
-            bias = projection.bias
-            weight = other + projection.weight.removeprefix(module)
-            bias = None if bias is None else other + bias.removeprefix(module)
-            return Projection(**{**vars(projection), "weight": weight, "bias": bias})
-
         return replace(
             self,
-            ups=tuple(map(there, self.ups)),
-            down=there(self.down),
+            ups=tuple(up.moved(module, other) for up in self.ups),
+            down=self.down.moved(module, other),
             followers=tuple(
                 replace(each, name=other + each.name.removeprefix(module))
                 for each in self.followers
