@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import importlib
+import itertools
 import json
 import os
+import random
 import re
 import shutil
 import signal
@@ -15,6 +17,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,8 +38,9 @@ from surgery import (
     open_checkpoint,
     write,
 )
+from surgery.writing.digest import RunningDigest, digest_of
 from surgery.writing.identity import identify
-from surgery.writing.journal import Finished, Journal, digest_of, read_journals
+from surgery.writing.journal import Finished, Journal, read_journals
 from surgery.writing.locks import locked
 from surgery.writing.plan import plan
 
@@ -614,6 +618,36 @@ def test_the_disk_is_kept_busy_and_not_far_behind(
     assert 4000 - begun < 140
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="no such call here")
+@pytest.mark.parametrize("why", ["", "small", "slow", "read again"])
+def test_what_is_on_the_disk_leaves_the_page_cache(
+    raw_checkpoint: Raw, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    """What a large file has there; not where the disk is slow, or the bytes are needed again."""
+    shards = importlib.import_module("surgery.writing.shards")
+    dropped: list[tuple[int, int]] = []
+
+    def seen(fd: int, start: int, length: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_DONTNEED
+        dropped.append((start, start + length))
+
+    monkeypatch.setattr(os, "posix_fadvise", seen)
+    monkeypatch.setattr(shards, "STEP_BYTES", 100)
+    monkeypatch.setattr(shards, "BEHIND_BYTES", 10_000 if why == "small" else 400)
+    monkeypatch.setattr(shards, "SLOW_SECONDS", -1 if why == "slow" else 60)
+    opened = open_checkpoint(raw_checkpoint({f"w{i:03}": torch.ones(10) for i in range(100)}))
+    write(opened, tmp_path / "out", threads=1, checksums=why == "read again")
+    if why:
+        assert not dropped
+        return
+    assert dropped.pop() == (0, 0)  # all that is left, after the file was synced
+    end = 0
+    for start, stop in dropped:
+        assert start <= end < stop
+        end = stop
+    assert 3000 < end < 4000  # the rest may not be on the disk yet
+
+
 def test_the_system_is_asked_as_its_manual_says(tmp_path: Path) -> None:
     shards = importlib.import_module("surgery.writing.shards")
     with (tmp_path / "x").open("wb") as file:
@@ -908,9 +942,39 @@ def test_the_digest_is_that_of_all_bytes(
     fd = os.open(tmp_path / "x", os.O_RDONLY)
     try:
         assert digest_of(fd) == wanted
-        monkeypatch.setattr(
-            importlib.import_module("surgery.writing.journal"), "_POPULATE_READ", -1
-        )
+        monkeypatch.setattr(importlib.import_module("surgery.writing.digest"), "_POPULATE_READ", -1)
         assert digest_of(fd) == wanted
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("held", [0, 1000, 1 << 26])
+def test_the_digest_of_parts_is_that_of_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, held: int
+) -> None:
+    """In any order, by several threads, from memory or from the file."""
+    monkeypatch.setattr(importlib.import_module("surgery.writing.digest"), "HELD_BYTES", held)
+    draw = random.Random(held)
+    content = draw.randbytes(300_000)
+    cuts = sorted({0, len(content), *(draw.randrange(len(content)) for _ in range(400))})
+    parts = [(start, stop, draw.random() < 0.5) for start, stop in itertools.pairwise(cuts)]
+    draw.shuffle(parts)
+    fd = os.open(tmp_path / "x", os.O_RDWR | os.O_CREAT)
+    try:
+        digest = RunningDigest(fd)
+
+        def add(part: tuple[int, int, bool]) -> None:
+            start, stop, in_memory = part
+            os.pwrite(fd, content[start:stop], start)
+            data = memoryview(content)[start:stop] if in_memory else None
+            digest.add(start, stop - start, data)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(add, parts[1:]))
+        with pytest.raises(AssertionError, match="300,000 bytes were digested"):
+            digest.result(len(content))
+        add(parts[0])
+        digest.add(len(content), 0)
+        assert digest.result(len(content)) == digest_of(fd)
     finally:
         os.close(fd)

@@ -10,8 +10,9 @@ from typing import Any
 
 from surgery.errors import OutputError
 from surgery.parallel import Progress, run_all
+from surgery.writing.digest import digest_of
 from surgery.writing.identity import Identity, differences, identify
-from surgery.writing.journal import Finished, digest_of, read_journals
+from surgery.writing.journal import Finished, read_journals
 from surgery.writing.plan import Plan, Shard
 from surgery.writing.staging import Stage
 

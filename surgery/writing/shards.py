@@ -7,8 +7,10 @@ import ctypes
 import errno
 import os
 import queue
+import time
 from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from itertools import pairwise
 from math import fsum
@@ -18,7 +20,8 @@ from typing import Any
 
 from surgery.system import naming
 from surgery.tensor import FileSpan
-from surgery.writing.journal import Finished, Journal, digest_of
+from surgery.writing.digest import RunningDigest
+from surgery.writing.journal import Finished, Journal
 from surgery.writing.plan import FILE_BLOCK, Shard
 
 STEP_BYTES = 1 << 26
@@ -26,6 +29,8 @@ STEP_BYTES = 1 << 26
 BEHIND_BYTES = 1 << 28
 """Bytes that the disk may be behind: what a slow one can't take waits in the writer, not in the
 page cache, where gigabytes of it would stop every other process that writes."""
+SLOW_SECONDS = 0.1
+"""A disk that is waited for longer than this, while it takes STEP_BYTES, is slow to read as well."""
 AHEAD = 4
 """Shards that may wait to be synced: a slow disk holds up the writer, and files stay few."""
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # linux/fs.h
@@ -35,7 +40,15 @@ class OpenShard:
     """A shard of which jobs are handed out. It is `finish`ed by whoever does the last of them:
     one is held by `close_jobs`, which is called when all are handed out."""
 
-    def __init__(self, folder: Path, shard: Shard, finish: Callable[[OpenShard], object]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        shard: Shard,
+        finish: Callable[[OpenShard], object],
+        *,
+        digested: bool,
+        cached: bool,
+    ) -> None:
         self.shard = shard
         self._finish = finish
         self._lock = Lock()
@@ -43,14 +56,27 @@ class OpenShard:
         self._sums: dict[str, list[float]] = defaultdict(list)
         self.path = folder / shard.name
         self.fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-        self._pace = _Pace(self.fd)
+        self._pace = _Pace(self.fd, cached=cached)
+        self._digest = RunningDigest(self.fd) if digested else None
         try:
             with naming(self.path):
                 os.ftruncate(self.fd, shard.size)
-                write_at(self.fd, memoryview(shard.head), 0)
+                self.write(memoryview(shard.head), 0)
         except BaseException:
             self.close()
             raise
+
+    def write(self, data: memoryview, offset: int) -> None:
+        """Write all of `data`, which stays as it is, at `offset`."""
+        write_at(self.fd, data, offset)
+        if self._digest is not None:
+            self._digest.add(offset, len(data), data)
+
+    def copy(self, span: FileSpan, offset: int) -> None:
+        """Copy a span to `offset`."""
+        copy(self.fd, span, offset)
+        if self._digest is not None:
+            self._digest.add(offset, span.length)
 
     def hand_out(self) -> None:
         """One more job is to be done."""
@@ -78,6 +104,16 @@ class OpenShard:
         """The sums, exact, so that the order in which jobs were done can't show."""
         return {name: fsum(self._sums[name]) for name in self.shard.offsets if name in self._sums}
 
+    def sync(self) -> None:
+        """Wait until all is on the disk."""
+        os.fsync(self.fd)
+        self._pace.drop_rest()
+
+    @property
+    def digest(self) -> str:
+        """The digest of all that was written, if one is made."""
+        return "" if self._digest is None else self._digest.result(self.shard.size)
+
     def close(self) -> None:
         fd, self.fd = self.fd, -1  # it is closed even where that fails, and its number given away
         if fd >= 0:
@@ -86,7 +122,7 @@ class OpenShard:
 
 
 class Finisher:
-    """Syncs shards that are done and, with a journal, digests and notes them, in a thread.
+    """Syncs shards that are done and, with a journal, notes them, in a thread.
     `noted` is called after each that a later run could go on from."""
 
     def __init__(self, journal: Journal | None, noted: Callable[[], object]) -> None:
@@ -119,9 +155,8 @@ class Finisher:
                 self.failure = self.failure or error
 
     def _finish(self, shard: OpenShard) -> None:
-        os.fsync(shard.fd)
-        digest = "" if self._journal is None else digest_of(shard.fd)
-        finished = Finished(shard.shard.name, shard.shard.size, digest, shard.tallies)
+        shard.sync()
+        finished = Finished(shard.shard.name, shard.shard.size, shard.digest, shard.tallies)
         if self._journal is not None:
             self._journal.append(finished)
             self._noted()
@@ -130,13 +165,20 @@ class Finisher:
 
 class _Pace:
     """Has a file written to the disk as it grows. Jobs are handed out in the order of the file,
-    so that the number of bytes done says about where the writing has come to."""
+    so that the number of bytes done says about where the writing has come to.
 
-    def __init__(self, fd: int) -> None:
+    What a large file has on the disk leaves the page cache: the next bytes take its pages, which
+    is faster than new ones, and nothing else is pushed out, the inputs least of all. Unless it is
+    to stay `cached`, being read again soon, or the disk is slow.
+    """
+
+    def __init__(self, fd: int, *, cached: bool) -> None:
         self._fd = fd
         self._lock = Lock()
         self._done = 0
         self._started = 0
+        self._dropped = False
+        self._cached = cached
 
     def advance(self, nbytes: int) -> None:
         with self._lock:
@@ -146,9 +188,22 @@ class _Pace:
             before, self._started = self._started, self._done
         sync_range(self._fd, max(0, before - STEP_BYTES), self._started, _WRITE)
         if before > BEHIND_BYTES:
-            start = max(0, before - BEHIND_BYTES - STEP_BYTES * 2)
-            both = _WAIT_BEFORE | _WRITE | _WAIT_AFTER
-            sync_range(self._fd, start, before - BEHIND_BYTES, both)
+            start, stop = max(0, before - BEHIND_BYTES - STEP_BYTES * 2), before - BEHIND_BYTES
+            waiting = time.monotonic()
+            sync_range(self._fd, start, stop, _WAIT_BEFORE | _WRITE | _WAIT_AFTER)
+            self._cached = self._cached or time.monotonic() - waiting > SLOW_SECONDS
+            self._drop(start, stop)
+
+    def drop_rest(self) -> None:
+        """All is on the disk: what is left in the page cache goes the way of what came before."""
+        if self._dropped:
+            self._drop(0, 0)
+
+    def _drop(self, start: int, stop: int) -> None:
+        if not self._cached and hasattr(os, "posix_fadvise"):
+            self._dropped = True
+            with suppress(OSError):  # a hint: where it isn't taken, nothing is lost
+                os.posix_fadvise(self._fd, start, stop - start, os.POSIX_FADV_DONTNEED)
 
 
 def sync_range(fd: int, start: int, stop: int, flags: int) -> None:

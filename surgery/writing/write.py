@@ -27,10 +27,10 @@ from surgery.writing.parts import Part, join, part_of_stage
 from surgery.writing.plan import MAX_SHARD_BYTES, Plan, Shard, free_bytes, plan
 from surgery.writing.record import make_record, record_bytes
 from surgery.writing.resume import begin
-from surgery.writing.shards import Finisher, OpenShard, copy, write_at
+from surgery.writing.shards import Finisher, OpenShard
 from surgery.writing.staging import Stage, check_target, publish, staged_bytes, staging
 
-BLOCK_ELEMENTS = 1 << 18
+BLOCK_ELEMENTS = 1 << 19
 """Elements computed at a time: 1 MB in float32, which stays in the cache of a core."""
 BARE_MEMORY = 250_000_000
 """Bytes that a Python process with torch in it takes before it does anything."""
@@ -103,7 +103,8 @@ def write(
         )
         # one shard is finished when all is, and nothing could be gone on from
         journal = Journal(stage.folder) if stage.known and len(layout.shards) > 1 else None
-        tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress)
+        again = checksums or sign_key is not None or check is not None  # reads what was written
+        tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress, again)
         digests = input_digests(weights, threads, progress) if checksums else {}
         record = make_record(layout, tallies, verification, command, recipe, digests)
         _write_small_files(layout, stage.files, record)
@@ -214,9 +215,10 @@ def _fill(
     journal: Journal | None,
     threads: int | None,
     progress: Progress | None,
+    cached: bool = False,
 ) -> dict[str, float]:
     """Write those of `shards` that aren't `kept`, sync and note each while the next is computed;
-    returns the tallies of all."""
+    returns the tallies of all. What is written stays in the page cache if `cached`."""
 
     def work(job: _Copy | _Compute | _Measure) -> None:
         if len(job) == 1:
@@ -225,22 +227,28 @@ def _fill(
         if len(job) == 3:
             shard, span, offset = job
             with naming(shard.path):
-                copy(shard.fd, span, offset)
+                shard.copy(span, offset)
             done = span.length
             shard.done(done)
         else:
             shard, name, tensor, start, stop, offset = job
             with naming(shard.path):
-                done, tally = _compute(shard.fd, tensor, start, stop, offset)
+                done, tally = _compute(shard, tensor, start, stop, offset)
             shard.done(done, name, tally)
         if progress is not None:
             progress(done)
+
+    def open_shard(shard: Shard) -> OpenShard:
+        digested = journal is not None
+        made = OpenShard(stage.files, shard, finisher.put, digested=digested, cached=cached)
+        opened.append(made)
+        return made
 
     finisher = Finisher(journal, stage.count_one)
     opened: list[OpenShard] = []
     left = [shard for shard in shards if shard.name not in kept]
     try:
-        run_all(_jobs(layout, left, stage.files, finisher, opened), work, threads)
+        run_all(_jobs(layout, left, open_shard, finisher), work, threads)
     finally:
         finisher.join()
         for shard in opened:  # those that aren't finished, as something has failed
@@ -255,7 +263,10 @@ def _fill(
 
 
 def _jobs(
-    layout: Plan, shards: Sequence[Shard], folder: Path, finisher: Finisher, opened: list[OpenShard]
+    layout: Plan,
+    shards: Sequence[Shard],
+    open_shard: Callable[[Shard], OpenShard],
+    finisher: Finisher,
 ) -> Iterator[_Copy | _Compute | _Measure]:
     """All jobs, shard by shard and tensor by tensor. A tensor that has to be measured is so
     while the one before it is computed: else all threads but one would wait for the measure."""
@@ -263,8 +274,7 @@ def _jobs(
     ahead = [weights[name] for shard in shards for name in shard.offsets]
     at = 0
     for shard in shards:
-        file = OpenShard(folder, shard, finisher.put)
-        opened.append(file)
+        file = open_shard(shard)
         for name, offset in shard.offsets.items():
             for tensor in ahead[at + 1 : at + 2] if at else ahead[:2]:
                 if tensor.measure is not None:
@@ -294,9 +304,9 @@ def _tensor_jobs(
 
 
 def _compute(
-    fd: int, tensor: LazyTensor, start: int, stop: int, offset: int
+    shard: OpenShard, tensor: LazyTensor, start: int, stop: int, offset: int
 ) -> tuple[int, float | None]:
-    """Write rows at `offset` of the file. Returns the bytes written, and the rows' tally."""
+    """Write rows at `offset` of the shard. Returns the bytes written, and the rows' tally."""
     tally = None
     if tensor.tally is not None:
         rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
@@ -305,7 +315,7 @@ def _compute(
     assert rows.dtype == tensor.dtype.torch
     assert rows.numel() == (stop - start) * tensor.width
     data = as_bytes(rows.contiguous())
-    write_at(fd, data, offset)
+    shard.write(data, offset)
     return len(data), tally
 
 
