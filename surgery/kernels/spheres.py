@@ -83,8 +83,8 @@ def karcher(
 def model_stock(gram: numpy.ndarray) -> list[float]:
     """Model Stock, Jang et al., arXiv 2403.19522: base + t * (mean - base), here for task vectors.
 
-     t = k cos / (1 + (k - 1) cos) for k models, with the mean cosine of pairs of task vectors
-    . Where no t exists (models pulling apart evenly) the base stays.
+    t = k cos / (1 + (k - 1) cos) for k models, with the mean cosine of pairs of task vectors.
+    Where no t exists (models pulling apart evenly) the base stays.
     """
     count = len(gram)
     cosines = _cosines(gram)

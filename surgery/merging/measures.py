@@ -23,8 +23,9 @@ from surgery.tensor import LazyTensor
 
 Inputs = tuple[LazyTensor, ...]
 Bounds = tuple[float, float]
-SAMPLE_ROWS, SAMPLE_ELEMENTS = 128, 1 << 16
-"""At least so many rows, and so many numbers, are looked at to guess where a threshold is."""
+SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_ELEMENTS = 32, 4, 1 << 16
+"""At least so many rows at so many places, and so many numbers, are looked at to guess where a
+threshold is."""
 SAME = 1e-12
 """A sum of coefficients within this of 1 is 1: a merge of a model with itself is itself."""
 
@@ -146,10 +147,11 @@ def _samples(
     if not models:
         return {}
     first = inputs[0]
-    rows = max(SAMPLE_ROWS, -(-SAMPLE_ELEMENTS // first.width))
-    starts = range(0, first.rows, max(1, first.rows // rows))
-    spans: Iterable[tuple[int, int]] = ((at, at + 1) for at in starts)
-    step = max(1, first.width * len(starts) // SAMPLE_ELEMENTS)
+    rows = max(1, min(SAMPLE_ROWS, first.rows))
+    places = max(SAMPLE_PLACES, -(-SAMPLE_ELEMENTS // (rows * first.width)))
+    starts = range(0, first.rows - rows + 1, max(rows, first.rows // places))
+    spans: Iterable[tuple[int, int]] = ((at, at + rows) for at in starts)
+    step = max(1, rows * first.width * len(starts) // SAMPLE_ELEMENTS)
     if first.numel <= BLOCK_ELEMENTS or not all(tensor.streams for tensor in inputs):
         spans, step = ranges(inputs), 1
     elif first.width == 1:  # rows of one aren't worth a read each
