@@ -76,7 +76,7 @@ def find_width_keys(
     beside = {names[name]: shape for name, shape in (along or {}).items() if name in names}
     lacking = now.keys() - set(names.values())
     inside = tuple(as_stored(name, prefixes) for name in within) or ("",)
-    now = {name: shape for name, shape in now.items() if name.startswith(inside)}
+    now = _inside(now, inside)
     found, idle, shared = Found(), {}, set[str]()
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
@@ -140,10 +140,19 @@ def _changes(
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
-    made = {name: shape for name, shape in made.items() if name.startswith(inside)}
+    made = _inside(made, inside)
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
     changed |= {name: () for name in now if name not in made}
     return {name: shape for name, shape in changed.items() if name not in lacking}
+
+
+def _inside(
+    shapes: dict[str, tuple[int, ...]], inside: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Those whose names begin so."""
+    if "" in inside:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name.startswith(inside)}
 
 
 def as_stored(name: str, prefixes: tuple[str, str]) -> str:

@@ -81,8 +81,9 @@ def largest_module(checkpoint: Checkpoint) -> int:
     """Elements of the largest tensor, with the experts of a block counted as one: the loader
     packs them."""
     together: Counter[str] = Counter()
+    stacks = [(stack, f"{stack}.") for stack in checkpoint.anatomy.stacks]
     for name, tensor in checkpoint.items():
-        stack = next((s for s in checkpoint.anatomy.stacks if name.startswith(f"{s}.")), "")
+        stack = next((stack for stack, prefix in stacks if name.startswith(prefix)), "")
         inner = name.removeprefix(f"{stack}.").split(".") if stack else []
         numbered = [at for at, part in enumerate(inner) if at and part.isdigit()]
         together[".".join([stack, *inner[: numbered[0]]]) if numbered else name] += tensor.numel
