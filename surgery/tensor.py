@@ -188,9 +188,11 @@ class LazyTensor:
         """The bytes of this tensor as they lie in files, in order; None if some are computed."""
         if isinstance(self.leaf, FileSpan):
             return iter((self.leaf,))
+        if self.runs is None:
+            return None
         spans = [tensor.leaf for tensor in self.inputs]
         row_bits = self.width * self.dtype.bits
-        if self.runs is None or row_bits % 8:
+        if row_bits % 8:
             return None
         if not all(isinstance(span, FileSpan) for span in spans):
             return None

@@ -166,7 +166,7 @@ def find_prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] 
     base model lack the prefix that a model with a head has, and the other way round. Blocks that
     the stock class ignores (those that predict further tokens) don't count, if they change as the
     others do."""
-    prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
+    prefixes = sorted({""} | {name.split(".", 1)[0] + "." for name in (*now, *have)})
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
         kept = {name: stored for name, stored in names.items() if stored in now}
