@@ -22,7 +22,7 @@ from surgery.anatomy.mixtures import find_mixtures
 from surgery.anatomy.places import find_places
 from surgery.dtypes import DTYPES
 from surgery.files import InputFile
-from surgery.integrity.holes import holes_in
+from surgery.integrity.holes import _in_one, holes_in
 from surgery.pages import PAGE, Zeros
 from surgery.tensor import FileSpan, LazyTensor
 
@@ -148,3 +148,4 @@ def test_the_holes_of_a_tensor_are_those_that_it_overlaps(
     parts = [(max(a, start), min(b, start + length)) for a, b in holes]
     assert found == [part for part in parts if part[0] < part[1]]
     assert kinds <= {Zeros.WHOLE}
+    assert _in_one(span, holes) == (found == [(start, start + length)])
