@@ -80,7 +80,9 @@ def find_width_keys(
     found, idle, shared = Found(), {}, set[str]()
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
-        if path in found.values or covered == target:
+        if covered == target:
+            break
+        if path in found.values:
             continue
         changed = _changes(now, lacking, config, {path: value}, inside)
         wrong = {name: shape for name, shape in changed.items() if target.get(name) != shape}
@@ -170,12 +172,13 @@ def find_prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] 
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
         kept = {name: stored for name, stored in names.items() if stored in now}
+        ignored = names.keys() - kept.keys()
         changes = {(have[name], wanted[name]) for name in kept}
         if (
             len(names) == len(wanted)
             and all(now[stored] == have[name] for name, stored in kept.items())
-            and all((have[n], wanted[n]) in changes for n in names.keys() - kept.keys())
-            and _blocks(names[n] for n in names.keys() - kept.keys()).isdisjoint(_blocks(now))
+            and all((have[name], wanted[name]) in changes for name in ignored)
+            and (not ignored or _blocks(names[n] for n in ignored).isdisjoint(_blocks(now)))
         ):
             return add, cut
     return None
