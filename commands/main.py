@@ -37,7 +37,7 @@ from .task_vector import task_vector
 from .terminal import one_problem
 from .verify import verify
 
-GC_THRESHOLDS = 1_000_000, 20, 50
+GC_THRESHOLDS = 5_000_000, 20, 50
 """A checkpoint is many small objects that stay: with Python's own thresholds the search for
 garbage among them takes half of the time of opening one of 100,000 tensors."""
 SHOWN = 12

@@ -75,7 +75,9 @@ class Growth:
 
     def new_ranges(self, projection: Projection) -> Ranges:
         """The new indices along the axis of this projection's weight (or bias) that grew."""
-        one = projection if projection.flat else replace(projection, experts=None)
+        one = projection
+        if one.experts is not None and not one.flat:
+            one = replace(one, experts=None)
         p, wide = self.mlp.width, self.width
         pieces = self._pieces(one, wide)
         return tuple((start + p * step, start + wide * step) for start, step in pieces)

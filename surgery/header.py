@@ -23,6 +23,7 @@ from surgery.untrusted import brief, open_regular, parse_json
 LENGTH_BYTES = 8
 LONGEST = 100_000_000  # bytes of JSON: the limit of the reference reader
 LONGEST_NAME = 1_000
+_KEYS = frozenset(("dtype", "shape", "data_offsets"))
 MOST_AXES = 64
 """What numpy knows; the product of a million sides takes hours."""
 
@@ -107,7 +108,7 @@ def _entry(name: str, value: Any, data: int) -> Entry | str:
         return f"{brief(name)} is a name that no encoding can write"
     if len(name) > LONGEST_NAME:
         return f"{brief(name)} is a name of {len(name):,} characters"
-    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+    if not isinstance(value, dict) or not value.keys() >= _KEYS:
         return f"{name} has no dtype, shape and data_offsets"
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from math import prod
@@ -104,7 +104,6 @@ class LazyTensor:
     tally: Callable[..., tuple[torch.Tensor, float]] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
     exact: LazyTensor | None = None
-    _measuring: Lock = field(default_factory=Lock, repr=False)
 
     @property
     def rows(self) -> int:
@@ -166,10 +165,10 @@ class LazyTensor:
     def measured(self) -> Any:
         """What `measure` found, in one pass over the inputs, whichever thread asks first."""
         assert self.measure is not None
-        with self._measuring:
-            if "_found" not in self.__dict__:
-                self.__dict__["_found"] = self.measure(self.inputs)
-        return self.__dict__["_found"]
+        with vars(self).setdefault("_measuring", Lock()):  # of threads that ask at once, one's
+            if "_found" not in vars(self):
+                vars(self)["_found"] = self.measure(self.inputs)
+        return vars(self)["_found"]
 
     def whole(self) -> torch.Tensor:
         """The whole tensor, in its shape."""
@@ -189,9 +188,11 @@ class LazyTensor:
         """The bytes of this tensor as they lie in files, in order; None if some are computed."""
         if isinstance(self.leaf, FileSpan):
             return iter((self.leaf,))
+        if self.runs is None:
+            return None
         spans = [tensor.leaf for tensor in self.inputs]
         row_bits = self.width * self.dtype.bits
-        if self.runs is None or row_bits % 8:
+        if row_bits % 8:
             return None
         if not all(isinstance(span, FileSpan) for span in spans):
             return None

@@ -4,6 +4,7 @@ checkpoints that agree, one look at experts that are alike, a search for the hol
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 
@@ -17,9 +18,11 @@ from surgery import Checkpoint, grow, lines, merge, open_checkpoint
 from surgery.anatomy import MLPCorrection, infer
 from surgery.anatomy.corrections import Corrections
 from surgery.anatomy.experts import find_experts
+from surgery.anatomy.mixtures import find_mixtures
+from surgery.anatomy.places import find_places
 from surgery.dtypes import DTYPES
 from surgery.files import InputFile
-from surgery.integrity.holes import holes_in
+from surgery.integrity.holes import _in_one, holes_in
 from surgery.pages import PAGE, Zeros
 from surgery.tensor import FileSpan, LazyTensor
 
@@ -73,6 +76,33 @@ def test_where_a_checkpoint_came_from_makes_no_difference(tmp_path: Path) -> Non
 WIDTHS = st.lists(st.sampled_from([24, 40]), min_size=2, max_size=13)
 
 
+@given(WIDTHS, st.booleans(), st.booleans())
+def test_mixtures_of_all_blocks_are_found_together_as_alone(
+    widths: list[int], gated: bool, odd: bool
+) -> None:
+    """A block has three experts of one of two widths; with `odd` one lacks its last expert."""
+    every: dict[str, LazyTensor] = {}
+    for block, width in enumerate(widths):
+        for number in range(2 if odd and block == 1 else 3):
+            module = f"model.layers.{block}.mlp.experts.{number}"
+            every[f"{module}.down_proj.weight"] = LazyTensor((16, width), BF16)
+            for up in ("up_proj", "gate_proj")[: 1 + gated]:
+                every[f"{module}.{up}.weight"] = LazyTensor((width, 16), BF16)
+    places, stacks = find_places(every, None)
+    assert stacks == {"model.layers": len(widths)}
+    blocks: dict[tuple[str, int], dict[str, LazyTensor]] = defaultdict(dict)
+    for name, place in places.items():
+        assert place.stack is not None
+        assert place.block is not None
+        blocks[place.stack, place.block][name] = every[name]
+    hidden: dict[tuple[str, int], int | None] = dict.fromkeys(blocks, 16)
+    given = places, hidden, {}, {}, {"model.layers": {False}}, {}
+    together = find_mixtures(blocks, *given)
+    alone = [find_mixtures({key: block}, *given) for key, block in blocks.items()]
+    assert together == {key: experts for one in alone for key, experts in one.items()}
+    assert {m.block for found in together.values() for m in found.mlps} == set(range(len(widths)))
+
+
 @given(WIDTHS, st.sampled_from(["experts", "gate_w1.experts"]), st.booleans(), st.booleans())
 def test_experts_are_found_together_as_alone(
     widths: list[int], path: str, gated: bool, odd: bool
@@ -118,3 +148,4 @@ def test_the_holes_of_a_tensor_are_those_that_it_overlaps(
     parts = [(max(a, start), min(b, start + length)) for a, b in holes]
     assert found == [part for part in parts if part[0] < part[1]]
     assert kinds <= {Zeros.WHOLE}
+    assert _in_one(span, holes) == (found == [(start, start + length)])

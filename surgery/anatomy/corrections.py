@@ -78,7 +78,7 @@ class Corrections:
             stacks[stack] = len(numbers)
             for name, (number, inner) in found.items():
                 places[name] = place_in_block(inner, tensors[name], stack, number)
-        for name in tensors:
+        for name in tensors if self.roles else ():
             if (role := self.role(name)) is not None:
                 places[name] = replace(places[name], role=role)
 

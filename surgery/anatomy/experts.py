@@ -42,6 +42,14 @@ class Experts:
     tensors: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
 
+    def moved(self, prefix: str, other: str, block: int) -> Experts:
+        """The same of `block`, whose names begin with `other` where these begin with `prefix`."""
+        return Experts(
+            [mlp.moved(prefix, other, block) for mlp in self.mlps],
+            {other + name.removeprefix(prefix) for name in self.tensors},
+            list(self.problems),
+        )
+
 
 def find_experts(
     stack: str,

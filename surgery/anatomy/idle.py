@@ -25,6 +25,9 @@ def idle_projections(
     """Of the experts that have just what `ups` are in the one at `path`, and nothing that leads out
     again, those matrices. None where no key of the config says that there are so many, for then
     a part of the checkpoint is missing."""
+    counts = _counts(config)
+    if not counts:
+        return {}
     found = {}
     for other, group in groups.items():
         moved = tuple(up.moved(f"{block}{path}.", f"{block}{other}.") for up in ups)
@@ -38,7 +41,7 @@ def idle_projections(
             group[new].shape == groups[path][old].shape for new, old in names.items()
         ):
             found[other] = moved
-    return found if len(found) in _counts(config) else {}
+    return found if len(found) in counts else {}
 
 
 def _counts(config: Mapping[str, Any]) -> set[int]:

@@ -4,7 +4,7 @@ neither names nor shapes tell of an MLP, so that it can't be grown unless a user
 from __future__ import annotations
 
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Mapping
 from functools import lru_cache
 from typing import Any
@@ -45,7 +45,7 @@ def told_layouts(
     gated MLP the two that are alike lead from them.
     """
     told: dict[str, set[bool]] = {}
-    loose: dict[tuple[str, int], Counter[tuple[int, ...]]] = {}
+    loose: dict[tuple[str, int], Counter[tuple[int, ...]]] = defaultdict(Counter)
     for name, place in places.items():
         if place.stack is None or place.block is None or place.role is Role.MIXER:
             continue
@@ -56,7 +56,7 @@ def told_layouts(
         if (to_hidden := _leads_to_hidden(place.inner.removesuffix(".weight"))) is not None:
             found.add((shape[0] == size) != to_hidden)
         if place.role in (Role.UNKNOWN, Role.MLP):
-            loose.setdefault((place.stack, place.block), Counter())[shape] += 1
+            loose[place.stack, place.block][shape] += 1
     for (stack, block), shapes in loose.items():
         (most, count), *others = shapes.most_common()
         if count == 2 and others == [(most[::-1], 1)]:

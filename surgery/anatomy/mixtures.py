@@ -32,6 +32,7 @@ def find_mixtures(
     """The experts of every block that has some. `part` is the config of the language model; what is
     `said` of a block isn't inferred."""
     found = {}
+    seen: dict[object, tuple[str, Experts]] = {}
     for key, block in blocks.items():
         every = said.get(key, ())
         given = _said(
@@ -43,7 +44,14 @@ def find_mixtures(
             for name, tensor in block.items()
             if places[name].role in (Role.UNKNOWN, Role.EXPERT) and name not in taken
         }
-        experts = _inferred(key, block, inside, places, hidden[key], config, part, layouts)
+        form = None if every else _form(key, block, inside, places, hidden[key])
+        if form is not None and form in seen:
+            prefix, first = seen[form]
+            experts = first.moved(prefix, f"{key[0]}.{key[1]}.", key[1])
+        else:
+            experts = _inferred(key, block, inside, places, hidden[key], config, part, layouts)
+            if form is not None and not experts.problems:  # those name tensors
+                seen[form] = f"{key[0]}.{key[1]}.", experts
         routed = any(mlp.kind == "routed" for mlp in experts.mlps)
         if given.mlps:
             order = {name: number for number, name in enumerate(block)}
@@ -54,6 +62,21 @@ def find_mixtures(
         if routed or experts.problems or given.mlps:
             found[key] = experts  # what is shared by no others is a plain MLP
     return found
+
+
+def _form(
+    key: Key, block: Tensors, inside: Tensors, places: Mapping[str, Place], hidden: int | None
+) -> object:
+    """All that the experts of a block are told by, which is the same in blocks that differ in
+    nothing but their number; None where names don't begin with that."""
+    if hidden is None:
+        return None
+    prefix = f"{key[0]}.{key[1]}."
+    if not all(name.startswith(prefix) for name in inside):
+        return None
+    cut = len(prefix)
+    told = [(n[cut:], t.shape, t.dtype, places[n].role) for n, t in inside.items()]
+    return key[0], hidden, frozenset(_choices(block, hidden)), tuple(told)
 
 
 def _inferred(

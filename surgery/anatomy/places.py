@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
-from itertools import islice
 
 from surgery.tensor import LazyTensor
 
@@ -101,14 +100,14 @@ def find_places(
     another, the outermost. `depth` is the number of layers in the config, which settles whether a
     list of one is a stack.
     """
-    numbered = {name: tuple(_numbered(name)) for name in tensors}
-    stacks = _stacks(numbered, depth)
+    blocks, lengths = _in_stacks(tensors, depth)
     mixers = _mixers(tensors)
     places = {}
+    stacks: dict[str, int] = {}
     for name, tensor in tensors.items():
-        where = next((each for each in numbered[name] if each[0] in stacks), None)
-        if where is not None:
+        if (where := blocks.get(name)) is not None:
             stack, number, inner = where
+            stacks[stack] = lengths[stack]
             role = _role(inner, tensor)
             block = len(name) - len(inner)
             places[name] = Place(_mixing(name, role, mixers, block), inner, stack, number)
@@ -122,29 +121,39 @@ def place_in_block(inner: str, tensor: LazyTensor, stack: str, block: int) -> Pl
     return Place(_role(inner, tensor), inner, stack, block)
 
 
-def _numbered(name: str) -> Iterator[tuple[str, int, str]]:
-    """Every (prefix, number, what follows) of a name, the outermost first."""
-    for match in islice(_NUMBER.finditer(name), _MOST_NUMBERS):
-        yield name[: match.start()].removesuffix("."), int(match.group(1)), name[match.end() :]
+Spot = tuple[str, int, str]
+"""Prefix, number, and what follows, of a name."""
 
 
-def _stacks(
-    numbered: Mapping[str, tuple[tuple[str, int, str], ...]], depth: int | None
-) -> dict[str, int]:
-    found: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
-    for every in numbered.values():
-        for prefix, number, inner in every:
-            found[prefix][number].add(inner)
-    stacks = {
-        prefix: len(blocks) for prefix, blocks in found.items() if _is_stack(prefix, blocks, depth)
-    }
+def _in_stacks(names: Iterable[str], depth: int | None) -> tuple[dict[str, Spot], dict[str, int]]:
+    """Where a name has the number of its block, and the number of blocks of every stack. Lists are
+    looked at from without: there are no stacks in a stack."""
+    spots: dict[str, Spot] = {}
+    stacks: dict[str, int] = {}
+    levels = []
+    left = dict.fromkeys(names, 0)  # and where in a name to go on
+    for _ in range(_MOST_NUMBERS):
+        numbers = {n: match for n, start in left.items() if (match := _NUMBER.search(n, start))}
+        level = {name: _around(match) for name, match in numbers.items()}
+        lists: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
+        for prefix, number, inner in level.values():
+            lists[prefix][number].add(inner)
+        found = {p: len(blocks) for p, blocks in lists.items() if _is_stack(p, blocks, depth)}
+        spots |= {name: spot for name, spot in level.items() if spot[0] in found}
+        stacks |= found
+        left = {n: match.end() for n, match in numbers.items() if level[n][0] not in found}
+        levels.append((level, lists))
     if not stacks:  # ALBERT: one block that is run again and again
-        stacks = {prefix: 1 for prefix, blocks in found.items() if _is_one_block(prefix, blocks)}
-    return {
-        prefix: length
-        for prefix, length in stacks.items()
-        if not any(outer in stacks for outer, _, _ in _numbered(f"{prefix}.0.") if outer != prefix)
-    }
+        for level, lists in levels:
+            found = {p: 1 for p, blocks in lists.items() if _is_one_block(p, blocks)}
+            spots |= {n: spot for n, spot in level.items() if spot[0] in found and n not in spots}
+            stacks |= found
+    return spots, stacks
+
+
+def _around(number: re.Match[str]) -> Spot:
+    name = number.string
+    return name[: number.start()].removesuffix("."), int(number[1]), name[number.end() :]
 
 
 def _is_stack(prefix: str, blocks: Mapping[int, set[str]], depth: int | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Iterator, Sequence
 from os import fstat
 from typing import TYPE_CHECKING
@@ -29,18 +29,29 @@ def refuse_holes(tensors: Iterable[LazyTensor]) -> None:
 
 def _problems(tensors: Iterable[LazyTensor]) -> Iterator[str]:
     found: dict[InputFile, list[Range]] = {}
+    file, holes = None, list[Range]()
     for tensor in tensors:
         span = tensor.leaf
         if not isinstance(span, FileSpan):
             continue
-        if (holes := found.get(span.file)) is None:
-            holes = found[span.file] = holes_of(span.file)
-        if holes:
+        if span.file is not file:  # the tensors of a file come together
+            file = span.file
+            if file not in found:
+                found[file] = holes_of(file)
+            holes = found[file]
+        if holes and not _in_one(span, holes):
             from surgery.pages import Zeros, allowed, never_written
 
             for run, kind in holes_in(tensor, span, holes):
                 if kind in (Zeros.FILLED, Zeros.ODD) and not allowed():
                     yield never_written(run, span, hole=True)
+
+
+def _in_one(span: FileSpan, holes: Sequence[Range]) -> bool:
+    """Whether a tensor is a hole from end to end, which may be a tensor of zeros."""
+    at = bisect_left(holes, (span.offset + 1,)) - 1
+    around = holes[at] if at >= 0 else (0, 0)
+    return span.length > 0 and span.offset + span.length <= around[1]
 
 
 def holes_of(file: InputFile) -> list[Range]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,11 @@ from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import torch
+
+Inputs = tuple[LazyTensor, ...]
+Kernel = Callable[..., "torch.Tensor"]
+Tally = Callable[..., tuple["torch.Tensor", float]] | None
+Measure = Callable[[Inputs], Any]
 
 
 def finite(model: Checkpoint, name: str) -> LazyTensor:
@@ -34,26 +38,25 @@ def unchecked(tensor: LazyTensor) -> LazyTensor:
     return tensor.inputs[0] if _check_of(tensor) is not None else tensor
 
 
-def checked_after(tensor: LazyTensor) -> LazyTensor:
-    """`tensor`, whose inputs are looked at only where its own rows aren't finite: one look in the
+def checked_after(
+    inputs: Inputs, kernel: Kernel, tally: Tally = None
+) -> tuple[Inputs, Kernel, Tally]:
+    """Inputs that are looked at only where the rows made of them aren't finite: one look in the
     place of one at every input. For kernels in which whatever isn't finite shows in the result."""
-    checks = tuple(_check_of(source) for source in tensor.inputs)
-    if not any(checks) or tensor.kernel is None:
-        return tensor
-    kernel, tally = tensor.kernel, tensor.tally
-    return replace(
-        tensor,
-        inputs=tuple(map(unchecked, tensor.inputs)),
-        kernel=partial(_look_after, kernel=kernel, checks=checks),
-        tally=None if tally is None else partial(_tally_after, tally=tally, checks=checks),
+    checks = tuple(map(_check_of, inputs))
+    if not any(checks):
+        return inputs, kernel, tally
+    return (
+        tuple(map(unchecked, inputs)),
+        partial(_look_after, kernel=kernel, checks=checks),
+        None if tally is None else partial(_tally_after, tally=tally, checks=checks),
     )
 
 
-def checked_in_measure(tensor: LazyTensor) -> LazyTensor:
-    """`tensor`, whose inputs are looked at as they are measured, and not again by the kernel."""
-    assert tensor.measure is not None
-    measure = partial(_measure_checked, measure=tensor.measure, checked=tensor.inputs)
-    return replace(tensor, inputs=tuple(map(unchecked, tensor.inputs)), measure=measure)
+def checked_in_measure(inputs: Inputs, measure: Measure) -> tuple[Inputs, Measure]:
+    """Inputs that are looked at as they are measured, and not again by the kernel."""
+    checked = partial(_measure_checked, measure=measure, checked=inputs)
+    return tuple(map(unchecked, inputs)), checked
 
 
 Check = Callable[["torch.Tensor"], "torch.Tensor"]

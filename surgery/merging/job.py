@@ -73,14 +73,18 @@ class Job:
         What isn't finite is looked for in every input as it is read; once, in the result, if the
         kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
         """
-        made = LazyTensor(
+        inputs = self.inputs if inputs is None else inputs
+        kernel = partial(kernel, rounding=self.rounding)
+        if measures_all:
+            assert measure is not None
+            inputs, measure = checked_in_measure(inputs, measure)
+        elif spreads:
+            inputs, kernel, _ = checked_after(inputs, kernel)
+        return LazyTensor(
             self.models[0].shape,
             self.wide if self.bare else self.dtype,
-            inputs=self.inputs if inputs is None else inputs,
-            kernel=partial(kernel, rounding=self.rounding),
+            inputs=inputs,
+            kernel=kernel,
             rowwise=rowwise,
             measure=measure,
         )
-        if measures_all:
-            return checked_in_measure(made)
-        return checked_after(made) if spreads else made

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.errors import UnsupportedError
-from surgery.modeling.quiet import quiet
 from surgery.modeling.stock import block_modules, build_config, empty_model, model_class
+from surgery.modeling.stored import stored_tensors
 
 _NUMBERING = ("layer_idx", "layer_id", "layer_number", "block_idx", "training")
 """Attributes that say which block a module is in: those change, and nothing is made of them
@@ -62,16 +62,10 @@ def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def shapes_of(config: Mapping[str, Any], cls: Any) -> dict[str, tuple[int, ...]]:
     """The same for a class that is given."""
-    import torch
-    from transformers.core_model_loading import revert_weight_conversion
-
-    def build() -> dict[str, torch.Tensor]:
-        model = empty_model(config, cls)
-        with torch.device("meta"), quiet():
-            return dict(revert_weight_conversion(model, model.state_dict()))
-
-    tensors = _or_refuse(config, build)
-    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    found: dict[str, tuple[int, ...]] = _or_refuse(
+        config, lambda: stored_tensors(empty_model(config, cls))
+    )
+    return found
 
 
 def head_name(config: Mapping[str, Any]) -> str | None:

@@ -76,11 +76,13 @@ def find_width_keys(
     beside = {names[name]: shape for name, shape in (along or {}).items() if name in names}
     lacking = now.keys() - set(names.values())
     inside = tuple(as_stored(name, prefixes) for name in within) or ("",)
-    now = {name: shape for name, shape in now.items() if name.startswith(inside)}
+    now = _inside(now, inside)
     found, idle, shared = Found(), {}, set[str]()
     covered: dict[str, tuple[int, ...]] = {}
     for path, value in _candidates(config, sorted(set(widths))):
-        if path in found.values or covered == target:
+        if covered == target:
+            break
+        if path in found.values:
             continue
         changed = _changes(now, lacking, config, {path: value}, inside)
         wrong = {name: shape for name, shape in changed.items() if target.get(name) != shape}
@@ -140,10 +142,19 @@ def _changes(
     made = _shapes(with_values(config, values))
     if made is None:
         return {}
-    made = {name: shape for name, shape in made.items() if name.startswith(inside)}
+    made = _inside(made, inside)
     changed = {name: shape for name, shape in made.items() if now.get(name) != shape}
     changed |= {name: () for name in now if name not in made}
     return {name: shape for name, shape in changed.items() if name not in lacking}
+
+
+def _inside(
+    shapes: dict[str, tuple[int, ...]], inside: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Those whose names begin so."""
+    if "" in inside:
+        return shapes
+    return {name: shape for name, shape in shapes.items() if name.startswith(inside)}
 
 
 def as_stored(name: str, prefixes: tuple[str, str]) -> str:
@@ -157,16 +168,17 @@ def find_prefixes(now: Shapes, have: Shapes, wanted: Shapes) -> tuple[str, str] 
     base model lack the prefix that a model with a head has, and the other way round. Blocks that
     the stock class ignores (those that predict further tokens) don't count, if they change as the
     others do."""
-    prefixes = {""} | {name.split(".", 1)[0] + "." for name in (*now, *have)}
+    prefixes = sorted({""} | {name.split(".", 1)[0] + "." for name in (*now, *have)})
     for add, cut in ((a, c) for a in prefixes for c in prefixes if not (a and c)):
         names = {name: add + name.removeprefix(cut) for name in wanted if name.startswith(cut)}
         kept = {name: stored for name, stored in names.items() if stored in now}
+        ignored = names.keys() - kept.keys()
         changes = {(have[name], wanted[name]) for name in kept}
         if (
             len(names) == len(wanted)
             and all(now[stored] == have[name] for name, stored in kept.items())
-            and all((have[n], wanted[n]) in changes for n in names.keys() - kept.keys())
-            and _blocks(names[n] for n in names.keys() - kept.keys()).isdisjoint(_blocks(now))
+            and all((have[name], wanted[name]) in changes for name in ignored)
+            and (not ignored or _blocks(names[n] for n in ignored).isdisjoint(_blocks(now)))
         ):
             return add, cut
     return None

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from fractions import Fraction
+from functools import lru_cache
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any, Literal
@@ -283,8 +284,7 @@ def _shared_counts(config: Mapping[str, Any]) -> set[int]:
 
 
 def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: int) -> int:
-    exact = Fraction(str(2 if factor is None else factor))  # 1.1 means 11/10
-    wanted = width if width is not None else ceil(mlp.width * exact)
+    wanted = width if width is not None else _times(mlp.width, 2 if factor is None else factor)
     rounded = -(-wanted // multiple_of) * multiple_of
     if rounded <= mlp.width:
         raise ArgumentError(
@@ -297,6 +297,11 @@ def _new_width(mlp: MLP, factor: float | None, width: int | None, multiple_of: i
             f"the largest that can be meant"
         )
     return rounded
+
+
+@lru_cache(maxsize=32)  # a mixture has thousands of experts that grow alike
+def _times(width: int, factor: float) -> int:
+    return ceil(width * Fraction(str(factor)))  # 1.1 means 11/10
 
 
 def _units(

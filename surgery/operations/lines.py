@@ -12,7 +12,7 @@ from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DType
 from surgery.errors import ArgumentError
-from surgery.merging.finite import checked_after, finite
+from surgery.merging.finite import Inputs, Kernel, Tally, checked_after, finite
 from surgery.operations.dequantize import computable
 from surgery.operations.pairs import check_pair, tied_head
 from surgery.tensor import LazyTensor
@@ -118,11 +118,9 @@ def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float, dtype: DTyp
     wide = tuned if tuned.dtype.bits >= base.dtype.bits else base
     compute = wide.dtype.compute
     how: dict[str, Any] = {"scale": scale, "compute": compute, "dtype": dtype.torch}
-    made = LazyTensor(
-        tuned.shape,
-        dtype,
-        inputs=(base, tuned),
-        kernel=partial(scale_update, **how),
-        tally=partial(scale_and_square, **how),
-    )
-    return made if scale in (0, 1) else checked_after(made)  # those take one of the inputs
+    inputs: Inputs = (base, tuned)
+    kernel: Kernel = partial(scale_update, **how)
+    tally: Tally = partial(scale_and_square, **how)
+    if scale not in (0, 1):  # those take one of the inputs
+        inputs, kernel, tally = checked_after(inputs, kernel, tally)
+    return LazyTensor(tuned.shape, dtype, inputs=inputs, kernel=kernel, tally=tally)

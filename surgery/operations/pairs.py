@@ -53,25 +53,26 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str = RESIZ
         f"{name} is in {have.source.reference} and not in {lack.source.reference}"
         for have, lack in ((base, tuned), (tuned, base))
         for name in have
-        if name not in lack and name not in excused
+        if name not in lack.tensors and name not in excused
     ]
+    common = [(name, one, tuned[name]) for name, one in base.items() if name in tuned.tensors]
     problems += [
-        f"{name} is {list(base[name].shape)} in {base.source.reference} and "
-        f"{list(tuned[name].shape)} in {tuned.source.reference}"
+        f"{name} is {list(one.shape)} in {base.source.reference} and {list(other.shape)} in "
+        f"{tuned.source.reference}"
         + (
             f"; the vocabularies differ: {vocabularies}"
             if name in (base.anatomy.embedding, base.anatomy.head)
-            and base[name].shape[1:] == tuned[name].shape[1:]
+            and one.shape[1:] == other.shape[1:]
             else ""
         )
-        for name in base
-        if name in tuned and base[name].shape != tuned[name].shape
+        for name, one, other in common
+        if one.shape != other.shape
     ]
     problems += [
-        f"{name} is {base[name].dtype} in {base.source.reference} and {tuned[name].dtype} in "
+        f"{name} is {one.dtype} in {base.source.reference} and {other.dtype} in "
         f"{tuned.source.reference}: one is a number to scale, and the other isn't"
-        for name in base
-        if name in tuned and base[name].dtype.kind != tuned[name].dtype.kind
+        for name, one, other in common
+        if one.dtype.kind != other.dtype.kind
     ]
     MismatchError.raise_if(problems)
 

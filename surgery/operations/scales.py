@@ -106,7 +106,7 @@ def grown_scales(
 
 
 def _with_scales(mlp: MLP, scaled: Mapping[str, Scaled]) -> Iterator[tuple[str, Projection, int]]:
-    return (each for each in mlp.axes() if each[0] in scaled)
+    return (each for each in (mlp.axes() if scaled else ()) if each[0] in scaled)
 
 
 def _block(base: Mapping[str, LazyTensor], found: Scaled, axis: int) -> int | None:

@@ -109,7 +109,8 @@ def _applied(
         compute=wide.torch,
         dtype=dtype.torch,
     )
-    return checked_after(LazyTensor(base.shape, dtype, inputs=(base, *taus), kernel=kernel))
+    inputs, checked, _ = checked_after((base, *taus), kernel)
+    return LazyTensor(base.shape, dtype, inputs=inputs, kernel=checked)
 
 
 def _scales(scale: float | Sequence[float], count: int) -> tuple[float, ...]:

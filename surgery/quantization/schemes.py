@@ -175,7 +175,7 @@ def _signs(tensors: Tensors) -> Iterator[tuple[str, str]]:
             found = kind if isinstance(kind, str) else kind(name, tensors)
             if found is not None:
                 yield found, name
-        else:
+        elif tensor.dtype.kind != "float":
             if tensor.dtype.name in FLOAT8:
                 yield "fp8", name
             elif tensor.dtype.kind == "packed" and tensor.dtype.name not in ("C64", "F8_E8M0"):

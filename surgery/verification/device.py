@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Literal
 
 from surgery.checkpoint import Checkpoint
@@ -81,12 +82,23 @@ def largest_module(checkpoint: Checkpoint) -> int:
     """Elements of the largest tensor, with the experts of a block counted as one: the loader
     packs them."""
     together: Counter[str] = Counter()
+    prefixes = tuple(f"{stack}." for stack in checkpoint.anatomy.stacks)
     for name, tensor in checkpoint.items():
-        stack = next((s for s in checkpoint.anatomy.stacks if name.startswith(f"{s}.")), "")
-        inner = name.removeprefix(f"{stack}.").split(".") if stack else []
-        numbered = [at for at, part in enumerate(inner) if at and part.isdigit()]
-        together[".".join([stack, *inner[: numbered[0]]]) if numbered else name] += tensor.numel
+        prefix = next((prefix for prefix in prefixes if name.startswith(prefix)), None)
+        if prefix is not None:
+            block, _, inner = name[len(prefix) :].partition(".")
+            if (module := _before_number(inner)) is not None:
+                name = f"{prefix}{block}.{module}"
+        together[name] += tensor.numel
     return max(together.values(), default=0)
+
+
+@lru_cache(maxsize=1 << 12)  # blocks have the same names inside
+def _before_number(inner: str) -> str | None:
+    """What comes before the first number in a name; None where there is none."""
+    parts = inner.split(".")
+    at = next((at for at, part in enumerate(parts) if part.isdigit()), None)
+    return None if at is None else ".".join(parts[:at])
 
 
 def check_size(

@@ -84,12 +84,13 @@ def plan(weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
     groups: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in weights.items():
-        full = weights.sharded and size + tensor.nbytes > max_shard_bytes
+        nbytes = tensor.nbytes
+        full = weights.sharded and size + nbytes > max_shard_bytes
         if groups[-1] and full:
             groups.append({})
             size = 0
         groups[-1][name] = tensor
-        size += tensor.nbytes
+        size += nbytes
     single = len(groups) == 1
     shards = tuple(
         _shard(
@@ -119,13 +120,13 @@ def _shard(name: str, tensors: Mapping[str, LazyTensor]) -> Shard:
     starts = {}
     end = 0
     for tensor_name, tensor in ordered:
-        starts[tensor_name] = end
+        start, end = end, end + tensor.nbytes
+        starts[tensor_name] = start
         table[tensor_name] = {
             "dtype": tensor.dtype.name,
-            "shape": list(tensor.shape),
-            "data_offsets": [end, end + tensor.nbytes],
+            "shape": tensor.shape,
+            "data_offsets": (start, end),
         }
-        end += tensor.nbytes
     text = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * _padding(len(text), [(starts[name], tensor) for name, tensor in ordered])
     head = len(text).to_bytes(LENGTH_BYTES, "little") + text
@@ -140,11 +141,12 @@ def _padding(length: int, tensors: Iterable[tuple[int, LazyTensor]]) -> int:
     begin = LENGTH_BYTES + length
     votes: Counter[int] = Counter()
     for start, tensor in tensors:
-        if tensor.nbytes < SHARED_BYTES:
+        nbytes = tensor.nbytes
+        if nbytes < SHARED_BYTES:
             continue
         span = next(tensor.file_spans() or iter(()), None)
         if span is not None and (span.offset - start) % ALIGNMENT == 0:
-            votes[(span.offset - start - begin) % FILE_BLOCK] += tensor.nbytes
+            votes[(span.offset - start - begin) % FILE_BLOCK] += nbytes
     if not votes:
         return -begin % ALIGNMENT
     return min(votes, key=lambda spaces: (-votes[spaces], spaces))
