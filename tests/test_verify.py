@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis.strategies as st
+import numpy
 import pytest
 import torch
 from conftest import save_raw
@@ -42,8 +43,10 @@ from surgery import (
     write,
 )
 from surgery.tensor import LazyTensor
+from surgery.values import held
 from surgery.verification import compare_logits
-from surgery.verification.checks import same_bits, two_sum
+from surgery.verification.checks import DownColumns, same_bits, two_sum
+from surgery.verification.columns import columns_of
 from surgery.verification.discover import discover_growths
 
 LAYOUTS = ["llama", "gpt2", "phi3", "opt"]
@@ -272,6 +275,46 @@ def test_two_sum_is_exact(pairs: list[tuple[float, float]]):
     for x, y, s, r in zip(a.tolist(), b.tolist(), total.tolist(), rest.tolist(), strict=True):
         assert s == x + y
         assert Fraction(s) + Fraction(r) == Fraction(x) + Fraction(y)
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_columns_of_a_down_projection_in_any_order(data: st.DataObject):
+    """Any columns copied any number of times, padding anywhere: what sums to the base holds, and
+    one weight off, or a weight of the base that nothing has, doesn't."""
+    width = data.draw(st.integers(1, 6), "width")
+    copies = data.draw(st.lists(st.integers(0, 4), min_size=width, max_size=width), "copies")
+    padding = data.draw(st.integers(0 if sum(copies) else 1, 3), "padding")
+    order = [at for at, many in enumerate(copies) for _ in range(many)] + [-1] * padding
+    if data.draw(st.booleans(), "shuffled"):
+        order = data.draw(st.permutations(order), "order")
+    sources = numpy.array(order)
+    ordinals = numpy.array(
+        [order[:at].count(one) if one >= 0 else 0 for at, one in enumerate(order)]
+    )
+    counts = numpy.array([copies[one] if one >= 0 else 0 for one in order])
+    grown = torch.tensor([[draw_weight(data) if one >= 0 else 0.0 for one in order]] * 2)
+    base = torch.zeros(2, width)
+    for column, one in enumerate(order):
+        if one >= 0:
+            base[:, one] += grown[:, column]
+    apart = columns_of(sources, ordinals, counts, width)
+
+    def run() -> str | None:
+        return DownColumns("down", held(base), held(grown), (0, 2), apart).run(0, 2)
+
+    assert run() is None
+    at = data.draw(st.integers(0, len(order) - 1), "damaged")
+    grown[1, at] += 1
+    assert ("padding" if order[at] < 0 else "don't sum") in str(run())
+    grown[1, at] -= 1
+    base[0, data.draw(st.integers(0, width - 1), "changed")] += 1
+    assert "(off by up to 1)" in str(run())
+
+
+def draw_weight(data: st.DataObject) -> float:
+    """A small whole number, so that sums of several are exact."""
+    return float(data.draw(st.integers(-50, 50), "weight"))
 
 
 @pytest.mark.parametrize("in_out", [False, True])

@@ -32,6 +32,7 @@ from surgery.operations.dequantize import values
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 from surgery.verification.checks import Check, DownColumns, DownRows, Rows, UpColumns, Zero
+from surgery.verification.columns import columns_of
 
 Relation = Sequence[Growth] | Expansion
 """How a checkpoint was made of its base so that it has the same function."""
@@ -214,13 +215,9 @@ def _grown_checks(
             for rows in base.blocks(BLOCK_ELEMENTS):
                 yield DownRows(name, base, grown, rows, sources)
             return
-        ordinals, copies = growth.shares()
-        rounds = [
-            torch.from_numpy(numpy.flatnonzero((ordinals == m) & (copies > 0)))
-            for m in range(int(copies.max()))
-        ]
+        apart = columns_of(sources, *growth.shares(), base.width)
         for rows in grown.blocks(BLOCK_ELEMENTS):
-            yield DownColumns(name, base, grown, rows, torch.from_numpy(sources), rounds)
+            yield DownColumns(name, base, grown, rows, apart)
     elif columns:
         for rows in grown.blocks(BLOCK_ELEMENTS):
             yield UpColumns(name, base, grown, rows, torch.from_numpy(sources))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -11,6 +11,8 @@ from surgery.tensor import LazyTensor
 if TYPE_CHECKING:
     import numpy
     import torch
+
+    from surgery.verification.columns import Columns
 
 INEXACT = "the outgoing weights of a neuron's copies have no sum that two float64 can hold"
 
@@ -102,25 +104,35 @@ class DownColumns(Check):
         base: LazyTensor,
         grown: LazyTensor,
         rows: tuple[int, int],
-        sources: torch.Tensor,
-        rounds: Sequence[torch.Tensor],
+        columns: Columns,
     ):
         super().__init__(name, base, grown, rows)
-        self.sources, self.rounds = sources, rounds
+        self.columns = columns
 
     def run(self, start: int, stop: int) -> str | None:
         import torch
 
-        rows = self.grown.read(start, stop).to(torch.float64)
-        total = torch.zeros(stop - start, self.base.width, dtype=torch.float64)
+        columns, base, rows = (
+            self.columns, self.base.read(start, stop), self.grown.read(start, stop),
+        )  # fmt: skip
+        copies, sources = columns.alone
+        if wrong := _difference(rows[:, copies], base[:, sources]):
+            return wrong
+        if wrong := _difference(torch.zeros_like(base[:, columns.absent]), base[:, columns.absent]):
+            return wrong
+        wanted = base[:, columns.shared]
+        total = torch.zeros(wanted.shape, dtype=torch.float64)
         lost = torch.zeros_like(total)
-        for columns in self.rounds:
-            at = self.sources[columns]
-            total[:, at], rest = two_sum(total[:, at], rows[:, columns])
+        for number, (copies, at) in enumerate(columns.rounds):
+            part = rows[:, copies].to(torch.float64)
+            if not number:
+                total[:, at] = part
+                continue
+            total[:, at], rest = two_sum(total[:, at], part)
             lost[:, at], inexact = two_sum(lost[:, at], rest)
             if bool((inexact != 0).any()):
                 return INEXACT
-        return _sums(total, lost, self.base.read(start, stop), rows[:, self.sources < 0])
+        return _sums(total, lost, wanted, rows[:, columns.padding])
 
 
 class DownRows(Check):
@@ -174,14 +186,28 @@ def _sums(
 
     off, inexact = two_sum(total, -base.to(torch.float64))
     if not torch.equal(off, -lost) or bool((inexact != 0).any()):
-        worst = float((off + lost).abs().nan_to_num(nan=float("inf")).max())
-        return (
-            f"the outgoing weights of a neuron's copies don't sum to what it had "
-            f"(off by up to {worst:.3g})"
-        )
+        return _off(off + lost)
     if bool((padding != 0).any()):
         return "outgoing weights of padding aren't zero"
     return None
+
+
+def _difference(grown: torch.Tensor, base: torch.Tensor) -> str | None:
+    """What is wrong if outgoing weights of neurons that weren't copied aren't the base's."""
+    import torch
+
+    if bool((grown == base).all()):
+        return None
+    off = grown.to(torch.float64) - base.to(torch.float64)
+    return _off(off)
+
+
+def _off(off: torch.Tensor) -> str:
+    worst = float(off.abs().nan_to_num(nan=float("inf")).max())
+    return (
+        f"the outgoing weights of a neuron's copies don't sum to what it had "
+        f"(off by up to {worst:.3g})"
+    )
 
 
 def two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
