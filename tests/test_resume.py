@@ -944,6 +944,9 @@ def test_the_digest_is_that_of_all_bytes(
         assert digest_of(fd) == wanted
         monkeypatch.setattr(importlib.import_module("surgery.writing.digest"), "_POPULATE_READ", -1)
         assert digest_of(fd) == wanted
+        for error in (OSError(errno.ENODEV, "No such device"), ValueError("too short")):
+            monkeypatch.setattr("mmap.mmap", lambda *_, e=error, **__: fail(e))
+            assert digest_of(fd) == wanted
     finally:
         os.close(fd)
 

@@ -18,10 +18,8 @@ from surgery.kernels import elementwise, fusion
 from surgery.kernels.merging import Combination, updates
 from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
-from surgery.merging.finite import unchecked
-from surgery.tensor import LazyTensor
+from surgery.merging.finite import Inputs, unchecked
 
-Inputs = tuple[LazyTensor, ...]
 Bounds = tuple[float, float]
 SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_ELEMENTS = 32, 4, 1 << 16
 """At least so many rows at so many places, and so many numbers, are looked at to guess where a

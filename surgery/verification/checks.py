@@ -112,9 +112,8 @@ class DownColumns(Check):
     def run(self, start: int, stop: int) -> str | None:
         import torch
 
-        columns, base, rows = (
-            self.columns, self.base.read(start, stop), self.grown.read(start, stop),
-        )  # fmt: skip
+        columns = self.columns
+        base, rows = self.base.read(start, stop), self.grown.read(start, stop)
         copies, sources = columns.alone
         if wrong := _difference(rows[:, copies], base[:, sources]):
             return wrong

@@ -92,15 +92,16 @@ def _update_mapped(digest: Any, fd: int, start: int, stop: int) -> int:
     """Add bytes of a mapped file, as far as it can be; returns where to go on reading it.
 
     A page that can't be read kills who touches it: the system is asked for every page first,
-    and where it gives an error `pread` is left to name it.
+    and where it gives an error, or can't map the file, `pread` is left to name it.
     """
     first = start - start % mmap.ALLOCATIONGRANULARITY
     if start == stop:
         return start
-    with (
-        mmap.mmap(fd, stop - first, prot=mmap.PROT_READ, offset=first) as mapped,
-        memoryview(mapped) as data,
-    ):
+    try:
+        mapping = mmap.mmap(fd, stop - first, prot=mmap.PROT_READ, offset=first)
+    except (OSError, ValueError):  # ValueError: the file is shorter than it was
+        return start
+    with mapping as mapped, memoryview(mapped) as data:
         for at in range(first, stop, CHUNK):
             end = min(at + CHUNK, stop)
             try:
