@@ -105,9 +105,7 @@ def write(
         # one shard is finished when all is, and nothing could be gone on from
         journal = Journal(stage.folder) if stage.known and len(layout.shards) > 1 else None
         again = checksums or sign_key is not None or check is not None  # reads what was written
-        tallies = _fill(
-            layout, stage, layout.shards, kept, journal, threads, progress, cached=again
-        )
+        tallies = _fill(layout, stage, layout.shards, kept, journal, threads, progress, again)
         digests = input_digests(weights, threads, progress) if checksums else {}
         record = make_record(layout, tallies, verification, command, recipe, digests)
         _write_small_files(layout, stage.files, record)
@@ -166,7 +164,7 @@ def write_part(
         shards = part.shards(layout)
         journal = Journal(stage.folder, f"-{part.name}")
         # what finishes the whole reads every part
-        _fill(layout, stage, shards, kept, journal, threads, progress, cached=True)
+        _fill(layout, stage, shards, kept, journal, threads, progress, True)
         _check_unchanged(weights)
     return PartWritten(target, layout, part, tuple(s.name for s in shards), tuple(kept))
 
@@ -219,7 +217,6 @@ def _fill(
     journal: Journal | None,
     threads: int | None,
     progress: Progress | None,
-    *,
     cached: bool,
 ) -> dict[str, float]:
     """Write those of `shards` that aren't `kept`, sync and note each while the next is computed;
