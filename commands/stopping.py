@@ -35,8 +35,11 @@ def take_signals() -> None:
 
 
 def stop(number: int, frame: FrameType | None) -> None:
-    """Answer a signal."""
+    """Answer a signal, which came in the middle of `frame`."""
     if phase is Phase.at_work:
+        if _is_lost(frame):
+            _later(number)
+            return
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
     if phase is Phase.starting:
         os.write(2, f"{said(number)}\n".encode())
@@ -49,11 +52,21 @@ def come_again(lost: sys.UnraisableHookArgs) -> None:
     if not isinstance(lost.exc_value, KeyboardInterrupt):
         sys.__unraisablehook__(lost)
         return
-    from threading import Timer
+    _later(number_of(lost.exc_value))
 
-    again = Timer(PAUSE, os.kill, (os.getpid(), number_of(lost.exc_value)))
-    again.daemon = True
-    again.start()
+
+def _is_lost(frame: FrameType | None) -> bool:
+    """Whether what is raised here would be lost: `come_again` is at work itself."""
+    while frame is not None and frame.f_code is not come_again.__code__:
+        frame = frame.f_back
+    return frame is not None
+
+
+def _later(number: int) -> None:
+    """Answer the signal in a moment: by the system's clock, as no thread can be started while
+    another signal may come."""
+    signal.signal(signal.SIGALRM, lambda _, frame: stop(number, frame))
+    signal.setitimer(signal.ITIMER_REAL, PAUSE)
 
 
 def number_of(interrupt: KeyboardInterrupt) -> int:

@@ -206,16 +206,25 @@ def open_model(*args, **how):
 import surgery.commands.lines as verb
 opened, verb.open_model = verb.open_model, open_model
 """
+LOST_TWICE = """
+import surgery.commands.stopping as stopping
+def number_of(lost):
+    os.kill(os.getpid(), number)
+    time.sleep(0.1)
+    return numbered(lost)
+numbered, stopping.number_of = stopping.number_of, number_of
+"""
 
 
+@pytest.mark.parametrize("lost", [LOST, LOST + LOST_TWICE])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_in_a_destructor_is_not_lost(
-    number: signal.Signals, make_model: Make, tmp_path: Path
+    number: signal.Signals, lost: str, make_model: Make, tmp_path: Path
 ) -> None:
-    """Python prints what is raised there, and goes on."""
+    """Python prints what is raised there, and goes on; nor while the first one is answered."""
     base = make_model()
     argv = ("lines", base, base, "-o", tmp_path / "out", "--alpha", "0.5", int(number))
-    done = installed(*argv, code=f"{LOST}{RUN}")
+    done = installed(*argv, code=f"{lost}{RUN}")
     assert done.returncode == 128 + number, done.stderr
     assert done.stderr.splitlines()[-1].endswith(
         "nothing half-written was left under the final name"

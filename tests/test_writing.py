@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import json
@@ -13,10 +14,12 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -56,7 +59,10 @@ from surgery.header import read_header
 from surgery.hub import Source
 from surgery.tensor import gather
 from surgery.values import noise
+from surgery.writing import locks
+from surgery.writing.locks import locked
 from surgery.writing.record import record_bytes
+from surgery.writing.staging import staging
 
 writer = importlib.import_module("surgery.writing.write")
 Raw = Callable[..., Path]
@@ -767,6 +773,50 @@ def test_an_interrupt_leaves_nothing(raw_checkpoint: Raw, tmp_path: Path) -> Non
         signal.signal(signal.SIGINT, handler)
     assert len(calls) < 100
     assert everything(tmp_path) == before
+
+
+@pytest.mark.parametrize("taken", [locked, partial(locked, shared=True), staging])
+def test_an_interrupt_before_the_stage_is_there_leaves_nothing(
+    taken: Callable[[Path], AbstractContextManager[object]], tmp_path: Path
+) -> None:
+    """At every instruction, from the first one to the block's."""
+    ours = {
+        locks.__file__,
+        contextlib.__file__,
+        importlib.import_module(staging.__module__).__file__,
+    }
+    before = everything(tmp_path)
+
+    def entered(interrupted: int) -> bool:
+        """Whether the block is entered before so many instructions are done."""
+        instructions = 0
+
+        def trace(frame: FrameType, event: str, argument: object) -> Any:
+            nonlocal instructions
+            if frame.f_code.co_filename not in ours:
+                return None
+            frame.f_trace_opcodes = True
+            if event == "opcode":
+                instructions += 1
+                if instructions == interrupted:
+                    raise KeyboardInterrupt
+            return trace
+
+        sys.settrace(trace)
+        try:
+            with taken(tmp_path / "a" / "out"):
+                sys.settrace(None)
+                return True
+        except KeyboardInterrupt:
+            return False
+        finally:
+            sys.settrace(None)
+
+    reached = 0
+    while not entered(reached + 1):
+        reached += 1
+        assert everything(tmp_path) == before, f"at instruction {reached}"
+    assert reached > 200
 
 
 HOLD = """

@@ -73,11 +73,15 @@ def locked(target: Path, *, shared: bool = False) -> Iterator[None]:
                 lock = None
         yield
     finally:
-        if lock is not None:
-            with suppress(OSError):
-                if holder in _HELD and _is(folder / LOCK, lock) and os.listdir(folder) == [LOCK]:
+        with suppress(OSError):  # there is none, somebody else has it, or the disk is gone
+            if lock is None:  # the interrupt came when it was open, and had no name yet
+                lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+            if os.listdir(folder) == [LOCK]:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _is(folder / LOCK, lock):
                     remove_stage(folder)
-            _HELD.discard(holder)
+        _HELD.discard(holder)
+        if lock is not None:
             with suppress(OSError):
                 os.close(lock)
         for path in (folder, *parents):  # made here, and nothing came into it
