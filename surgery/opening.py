@@ -281,7 +281,8 @@ def _cross_check(
     notes: list[str] = []
     if index is not None:
         named = index["weight_map"]
-        for name in [*named, *(name for name in where if name not in named)]:
+        every = [*named, *(name for name in where if name not in named)]
+        for name in [] if named == where else every:
             says, lies = named.get(name), where.get(name)
             if says != lies:
                 problems.append(

@@ -102,8 +102,20 @@ def test_names_given_twice(path: Path) -> None:
     one = json.dumps(W).encode()
     raw = b'{"w":' + one + b',"v":' + one + b',"w":' + one + b',"v":' + one + b"}"
     assert problems(path, safetensors_bytes(raw, bytes(8))) == (": the header names v, w twice",)
+    raw = b'{"w":' + one + b',"v:v":' + one + b',"w":' + one + b"}"
+    assert problems(path, safetensors_bytes(raw, bytes(8))) == (": the header names w twice",)
+    raw = b'{"__metadata__":{"a":"1","a":"2"},"w":' + one + b"}"
+    assert problems(path, safetensors_bytes(raw, bytes(8))) == (": the header names a twice",)
+    raw = b'{"w":1,"w":' + one + b"}"
+    assert problems(path, safetensors_bytes(raw, bytes(8))) == (": the header names w twice",)
     raw = b'{"w":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}'
     assert problems(path, safetensors_bytes(raw, bytes(8))) == (": the header names dtype twice",)
+
+
+def test_a_name_with_a_colon(path: Path) -> None:
+    raw = json.dumps({"a:b": W, "__metadata__": {"format": "pt: 1"}}).encode()
+    path.write_bytes(safetensors_bytes(raw, bytes(8)))
+    assert list(read_header(path).entries) == ["a:b"]
 
 
 @pytest.mark.parametrize(
