@@ -105,6 +105,12 @@ class LazyTensor:
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
     exact: LazyTensor | None = None
 
+    def __post_init__(self) -> None:
+        # not where it is first asked for: what stays there of a thread's memory, a few bytes
+        # among the large temporaries of each tensor, keeps the next ones out of their place
+        if self.measure is not None:
+            object.__setattr__(self, "_measuring", Lock())
+
     @property
     def rows(self) -> int:
         """How many rows there are."""
@@ -165,7 +171,7 @@ class LazyTensor:
     def measured(self) -> Any:
         """What `measure` found, in one pass over the inputs, whichever thread asks first."""
         assert self.measure is not None
-        with vars(self).setdefault("_measuring", Lock()):  # of threads that ask at once, one's
+        with vars(self)["_measuring"]:
             if "_found" not in vars(self):
                 vars(self)["_found"] = self.measure(self.inputs)
         return vars(self)["_found"]

@@ -11,7 +11,7 @@ from typing import Any
 import xxhash
 
 CHUNK = 1 << 24
-HELD_BYTES = 1 << 26
+HELD_BYTES = 1 << 23
 """Bytes that may wait in memory for those before them; what comes then is read from the file."""
 _POPULATE_READ = 22  # MADV_POPULATE_READ, Linux 5.14
 
