@@ -6,7 +6,9 @@ only when bytes are turned into numbers.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Literal
 
 from surgery.errors import UnsupportedError
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 Kind = Literal["float", "integer", "packed"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class DType:
     """An element type: `bits` wide, `torch_name` its name in torch.
 
@@ -31,10 +33,13 @@ class DType:
     kind: Kind
     torch_name: str | None = None
 
+    def __reduce__(self) -> tuple[Callable[[str], DType], tuple[str]]:
+        return _known, (self.name,)  # there is one of each, which is compared by being it
+
     def __str__(self) -> str:
         return self.name
 
-    @property
+    @cached_property
     def torch(self) -> TorchDType:
         """The torch type. Raises UnsupportedError where torch has none."""
         import torch
@@ -45,11 +50,9 @@ class DType:
         return found
 
     @property
-    def compute(self) -> TorchDType:
+    def compute(self) -> DType:
         """The type to compute in: float64 for float64, float32 for every other float."""
-        import torch
-
-        return torch.float64 if self.name == "F64" else torch.float32
+        return DTYPES["F64" if self.name == "F64" else "F32"]
 
 
 DTYPES: dict[str, DType] = {
@@ -79,3 +82,7 @@ DTYPES: dict[str, DType] = {
         DType("C64", 64, "packed", "complex64"),
     )
 }
+
+
+def _known(name: str) -> DType:
+    return DTYPES[name]

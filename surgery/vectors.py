@@ -166,5 +166,5 @@ def combined(updates: tuple[LazyTensor, ...], scales: tuple[float, ...]) -> Lazy
     from surgery.kernels.updates import total_update
 
     dtype = DTYPES["F64" if any(update.dtype.name == "F64" for update in updates) else "F32"]
-    kernel = partial(total_update, scales=scales, compute=dtype.torch)
+    kernel = partial(total_update, scales=scales, compute=dtype)
     return LazyTensor(updates[0].shape, dtype, inputs=updates, kernel=kernel)

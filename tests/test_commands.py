@@ -64,6 +64,28 @@ def test_no_torch_where_headers_suffice(args: list[str], make_model: Make) -> No
     assert done.stderr == "0 []\n"
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        ["lines", "--alpha", "0.5"],
+        ["merge", "--method", "task_arithmetic"],
+        ["merge", "--method", "ties", "--density", "0.2"],
+        ["merge", "--method", "slerp", "--param", "t=0.5"],
+        ["merge", "--method", "dare_ties", "--density", "0.5"],
+        ["task-vector"],
+    ],
+)
+def test_no_torch_where_nothing_is_computed(
+    verb: list[str], make_model: Make, tmp_path: Path
+) -> None:
+    model = str(make_model())
+    code = f"import os, sys\nleave, os._exit = os._exit, lambda code: told(code)\n{TOLD}\n{RUN}"
+    args = [verb[0], model, model, *verb[1:], "-o", str(tmp_path / "out"), "--dry-run"]
+    done = installed(*args, code=code)
+    assert done.stderr.startswith("0 ["), done.stderr
+    assert "torch" not in done.stderr
+
+
 def test_lines_writes_and_shows_scales_and_norms(make_model: Make, tmp_path: Path) -> None:
     base, tuned = make_model(name="base"), make_model(name="tuned", seed=1)
     result = surgery("lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.25", "--json")

@@ -13,6 +13,7 @@ from mixtures import build_mixture
 from test_streaming import IDS, outputs
 
 from surgery import grow, open_checkpoint
+from surgery.dtypes import DTYPES
 from surgery.kernels.merging import Combination, Rounding, combine, fuse
 from surgery.kernels.updates import apply_updates, scale_update
 from surgery.modeling.build import build_deferred, build_model
@@ -98,8 +99,8 @@ def test_elementwise_merges_are_those_of_the_cpu_to_the_bit():
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(513, 257, generator=generator).bfloat16() for _ in range(3)]
     base, a, b = inputs
-    rounding = Rounding(torch.float32, torch.bfloat16, scale=0.7)
-    types: dict[str, Any] = {"compute": torch.float32, "dtype": torch.bfloat16}
+    types: dict[str, Any] = {"compute": DTYPES["F32"], "dtype": DTYPES["BF16"]}
+    rounding = Rounding(scale=0.7, **types)
 
     def merges(base: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> list[torch.Tensor]:
         taus = [a.float() - base.float(), b.float() - base.float()]

@@ -41,6 +41,7 @@ from surgery import (
     open_checkpoint,
     write,
 )
+from surgery.dtypes import DTYPES
 from surgery.kernels.low_rank import product
 from surgery.lora.matching import Names
 from surgery.models import split_reference
@@ -231,10 +232,10 @@ def test_a_row_of_the_product_is_its_own(
 ) -> None:
     torch.manual_seed(rows * columns * rank)
     left, right = torch.randn(rows, rank), torch.randn(rank, columns)
-    whole = product(left, right, scale=0.7, compute=torch.float32)
+    whole = product(left, right, scale=0.7, compute=DTYPES["F32"])
     start = data.draw(st.integers(0, rows - 1))
     stop = data.draw(st.integers(start + 1, rows))
-    part = product(left[start:stop], right, scale=0.7, compute=torch.float32)
+    part = product(left[start:stop], right, scale=0.7, compute=DTYPES["F32"])
     assert bytes_of(part) == bytes_of(whole[start:stop])
     exact = 0.7 * (left.double() @ right.double())
     bound = (left.abs().double() @ right.abs().double()) * (rank + 1) * 2**-23

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import pickle
 from collections.abc import Callable
 from functools import partial
 from math import prod
@@ -452,7 +454,14 @@ def test_a_table() -> None:
 @pytest.mark.parametrize("name", TORCH_DTYPES)
 def test_what_is_computed_in_which_type(name: str) -> None:
     wanted = torch.float64 if name == "F64" else torch.float32
-    assert DTYPES[name].compute is wanted
+    assert DTYPES[name].compute.torch is wanted
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_there_is_one_of_each_type(name: str) -> None:
+    """A plan that goes to another process, and comes back, has those."""
+    assert pickle.loads(pickle.dumps(DTYPES[name])) is DTYPES[name]
+    assert copy.deepcopy(DTYPES[name]) is DTYPES[name]
 
 
 def test_kinds_of_types() -> None:

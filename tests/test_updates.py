@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
+from surgery.dtypes import DTYPES, DType
 from surgery.kernels.updates import scale_and_square, scale_update
 
 PAIRS = [
@@ -21,20 +22,24 @@ PAIRS = [
     (torch.float16, torch.float16),
     (torch.float16, torch.bfloat16),
 ]
+KNOWN = {known.torch: known for known in DTYPES.values() if known.kind == "float"}
 
 
 def compute_type(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def update(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
+def types(base: torch.Tensor, tuned: torch.Tensor) -> dict[str, DType]:
     compute = compute_type(base.dtype, tuned.dtype)
-    return scale_update(base, tuned, scale=scale, compute=compute, dtype=tuned.dtype)
+    return {"compute": KNOWN[compute], "dtype": KNOWN[tuned.dtype]}
+
+
+def update(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> torch.Tensor:
+    return scale_update(base, tuned, scale=scale, **types(base, tuned))
 
 
 def both(base: torch.Tensor, tuned: torch.Tensor, scale: float) -> tuple[torch.Tensor, float]:
-    compute = compute_type(base.dtype, tuned.dtype)
-    return scale_and_square(base, tuned, scale=scale, compute=compute, dtype=tuned.dtype)
+    return scale_and_square(base, tuned, scale=scale, **types(base, tuned))
 
 
 def pair(base: torch.dtype, tuned: torch.dtype, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import torch
+from surgery.on_demand import torch
 
 
 def take_columns(weight: torch.Tensor, *, sources: torch.Tensor) -> torch.Tensor:

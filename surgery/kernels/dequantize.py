@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from surgery.dtypes import DType
+from surgery.on_demand import torch
 
 
 def scale_columns(weight: torch.Tensor, scales: torch.Tensor, *, columns: int) -> torch.Tensor:
@@ -27,6 +28,6 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     return torch.where(exponents == 255, torch.nan, exact).to(torch.float32)
 
 
-def rounded(values: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+def rounded(values: torch.Tensor, *, dtype: DType) -> torch.Tensor:
     """The values, rounded to `dtype`."""
-    return values.to(dtype)
+    return values.to(dtype.torch)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
-
+from surgery.dtypes import DType
 from surgery.kernels.merging import Rounding, finish, fuse, updates
+from surgery.on_demand import torch
 
 
 def consensus(
@@ -81,7 +81,7 @@ def ram(
 
 
 def changed_alone(
-    base: torch.Tensor, *models: torch.Tensor, epsilon: float, compute: torch.dtype
+    base: torch.Tensor, *models: torch.Tensor, epsilon: float, compute: DType
 ) -> list[tuple[int, int]]:
     """For each model: how many entries it changed with others, and how many alone."""
     _, taus = updates(base, models, compute)

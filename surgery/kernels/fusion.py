@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import numpy
-import torch
 
+from surgery.dtypes import DType
 from surgery.kernels.merging import Rounding, finish, updates
 from surgery.kernels.selection import order_statistics
+from surgery.on_demand import torch
 
 SMALL = 1e-8
 
 
-def importance(base: torch.Tensor, model: torch.Tensor, compute: torch.dtype) -> torch.Tensor:
+def importance(base: torch.Tensor, model: torch.Tensor, compute: DType) -> torch.Tensor:
     """|model - base| times the Kullback-Leibler divergence of the softmax of the model's row
     from that of the base's. In float64 inside: the divergence of two like rows is far smaller
     than the rounding of its float32 terms."""
     _, (tau,) = updates(base, (model,), compute)
     one, other = _softmax(model), _softmax(base)
     divergence = numpy.add.reduce(one * numpy.log(one / other), axis=-1, keepdims=True)
-    factor = torch.from_numpy(numpy.maximum(divergence, 0.0)).to(compute)
+    factor = torch.from_numpy(numpy.maximum(divergence, 0.0)).to(compute.torch)
     return tau.abs_().mul_(factor)
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import numpy
-import torch
+
+from surgery.dtypes import DType
+from surgery.on_demand import torch
 
 
 def product(
-    left: torch.Tensor, right: torch.Tensor, *, scale: float, compute: torch.dtype
+    left: torch.Tensor, right: torch.Tensor, *, scale: float, compute: DType
 ) -> torch.Tensor:
     """scale * left @ right in `compute`; left is (rows, r) and right is (r, columns).
 
     Rank by rank, each one multiplication and one addition: a matrix product adds up in an order
     that goes by its shape and the machine, so that a row would depend on the rows beside it.
     """
-    left, right = left.to(compute), right.to(compute)
+    left, right = left.to(compute.torch), right.to(compute.torch)
     total = left[:, :1] * right[0]
     term = torch.empty_like(total)
     for rank in range(1, len(right)):
@@ -27,14 +29,14 @@ def with_magnitudes_of_rows(
     update: torch.Tensor,
     magnitudes: torch.Tensor,
     *,
-    compute: torch.dtype,
-    dtype: torch.dtype,
+    compute: DType,
+    dtype: DType,
 ) -> torch.Tensor:
     """DoRA: the rows of base + update, each made as long as its magnitude; arXiv 2402.09353."""
-    moved = update.to(compute).add_(base.to(compute))
+    moved = update.to(compute.torch).add_(base.to(compute.torch))
     wide = moved.to(torch.float64).numpy()
     factors = stretch(numpy.add.reduce(wide * wide, axis=1), magnitudes)
-    return moved.mul_(factors.to(compute)[:, None]).to(dtype)
+    return moved.mul_(factors.to(compute.torch)[:, None]).to(dtype.torch)
 
 
 def with_magnitudes_of_columns(
@@ -42,12 +44,12 @@ def with_magnitudes_of_columns(
     update: torch.Tensor,
     *,
     measured: torch.Tensor,
-    compute: torch.dtype,
-    dtype: torch.dtype,
+    compute: DType,
+    dtype: DType,
 ) -> torch.Tensor:
     """DoRA on a matrix that is stored (in, out): `measured` has a factor for each column."""
-    moved = update.to(compute).add_(base.to(compute))
-    return moved.mul_(measured.to(compute)).to(dtype)
+    moved = update.to(compute.torch).add_(base.to(compute.torch))
+    return moved.mul_(measured.to(compute.torch)).to(dtype.torch)
 
 
 def stretch(squares: numpy.ndarray, magnitudes: torch.Tensor) -> torch.Tensor:
@@ -57,9 +59,9 @@ def stretch(squares: numpy.ndarray, magnitudes: torch.Tensor) -> torch.Tensor:
     return torch.where(norms > 0, magnitudes.to(torch.float64) / norms, 0.0)
 
 
-def rounded(rows: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+def rounded(rows: torch.Tensor, *, dtype: DType) -> torch.Tensor:
     """The same in another type."""
-    return rows.to(dtype)
+    return rows.to(dtype.torch)
 
 
 OVERSAMPLING, POWER_ITERATIONS = 10, 4

@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy
-import torch
+
+from surgery.dtypes import DType
+from surgery.on_demand import torch
 
 
 @dataclass(frozen=True)
@@ -19,8 +21,8 @@ class Rounding:
     """How a merge ends: what it computes in, what it rounds to, the factor on the merged update,
     and whether the update is wanted alone."""
 
-    compute: torch.dtype
-    dtype: torch.dtype
+    compute: DType
+    dtype: DType
     scale: float = 1.0
     bare: bool = False
 
@@ -37,12 +39,12 @@ class Combination:
 
 
 def updates(
-    base: torch.Tensor, models: Sequence[torch.Tensor], compute: torch.dtype
+    base: torch.Tensor, models: Sequence[torch.Tensor], compute: DType
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """The base in `compute`, and tau_i = theta_i - theta_base of every model, fresh."""
-    start = base.to(compute)
+    start = base.to(compute.torch)
     return start, [
-        model - start if model.dtype == compute else model.to(compute).sub_(start)
+        model - start if model.dtype == compute.torch else model.to(compute.torch).sub_(start)
         for model in models
     ]
 
@@ -53,7 +55,7 @@ def finish(base: torch.Tensor, update: torch.Tensor, rounding: Rounding) -> torc
         return update
     if rounding.scale != 1:
         update.mul_(rounding.scale)
-    return update.add_(base).to(rounding.dtype)
+    return update.add_(base).to(rounding.dtype.torch)
 
 
 def combine(
@@ -83,14 +85,14 @@ def combine(
 
 def scaled(tensor: torch.Tensor, *, factor: float, rounding: Rounding) -> torch.Tensor:
     """factor * tensor."""
-    return tensor.to(rounding.compute).mul(factor).to(rounding.dtype)
+    return tensor.to(rounding.compute.torch).mul(factor).to(rounding.dtype.torch)
 
 
 def difference(
-    base: torch.Tensor, other: torch.Tensor, *, compute: torch.dtype, dtype: torch.dtype
+    base: torch.Tensor, other: torch.Tensor, *, compute: DType, dtype: DType
 ) -> torch.Tensor:
     """other - base, the update from one to the other."""
-    return (other.to(compute) - base.to(compute)).to(dtype)
+    return (other.to(compute.torch) - base.to(compute.torch)).to(dtype.torch)
 
 
 def fuse(
@@ -204,7 +206,7 @@ def drop(
         density = densities[at]
         if density >= 1:
             continue
-        uniform = noise.add_(1).mul_(0.5).to(rounding.compute)  # exact: 24 bits
+        uniform = noise.add_(1).mul_(0.5).to(rounding.compute.torch)  # exact: 24 bits
         if spreads is None:
             keep_where(tau, density - uniform)
             if rescale:

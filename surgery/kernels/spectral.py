@@ -5,10 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import torch
-
 from surgery.kernels.merging import Rounding, finish, fuse, keep_between, updates
 from surgery.kernels.selection import order_statistics
+from surgery.on_demand import torch
 
 Merge = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 
-import torch
+from surgery.on_demand import torch
 
 
 @cache

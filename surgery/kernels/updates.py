@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
+from surgery.dtypes import DType
+from surgery.on_demand import torch
 
 
 def scale_update(
@@ -13,8 +14,8 @@ def scale_update(
     tuned: torch.Tensor,
     *,
     scale: float,
-    compute: torch.dtype,
-    dtype: torch.dtype,
+    compute: DType,
+    dtype: DType,
 ) -> torch.Tensor:
     """base + scale * tau with tau = tuned - base, in `compute`, rounded once to `dtype`.
 
@@ -23,21 +24,19 @@ def scale_update(
     (Wang et al., arXiv 2410.17146, eq. 3).
     """
     if scale == 1:
-        return tuned.to(dtype)
-    start = base.to(compute)
+        return tuned.to(dtype.torch)
+    start = base.to(compute.torch)
     if scale == 0:
-        return start.to(dtype)
-    update = tuned.to(compute).sub_(start) if tuned.dtype != compute else tuned - start
-    return update.mul_(scale).add_(start).to(dtype)
+        return start.to(dtype.torch)
+    update = tuned.to(compute.torch).sub_(start) if tuned.dtype != compute.torch else tuned - start
+    return update.mul_(scale).add_(start).to(dtype.torch)
 
 
-def total_update(
-    *updates: torch.Tensor, scales: Sequence[float], compute: torch.dtype
-) -> torch.Tensor:
+def total_update(*updates: torch.Tensor, scales: Sequence[float], compute: DType) -> torch.Tensor:
     """The sum of scale_i * tau_i, in `compute`. The updates are overwritten."""
     total: torch.Tensor | None = None
     for update, scale in zip(updates, scales, strict=True):
-        wide = update.to(compute)
+        wide = update.to(compute.torch)
         weighted = wide if scale == 1 else wide.mul_(scale)
         total = weighted if total is None else total.add_(weighted)
     assert total is not None
@@ -48,11 +47,15 @@ def apply_updates(
     base: torch.Tensor,
     *updates: torch.Tensor,
     scales: Sequence[float],
-    compute: torch.dtype,
-    dtype: torch.dtype,
+    compute: DType,
+    dtype: DType,
 ) -> torch.Tensor:
     """base + the sum of scale_i * tau_i, in `compute`, rounded once to `dtype`; arXiv 2212.04089."""
-    return total_update(*updates, scales=scales, compute=compute).add_(base.to(compute)).to(dtype)
+    return (
+        total_update(*updates, scales=scales, compute=compute)
+        .add_(base.to(compute.torch))
+        .to(dtype.torch)
+    )
 
 
 def scale_and_square(
@@ -60,18 +63,18 @@ def scale_and_square(
     tuned: torch.Tensor,
     *,
     scale: float,
-    compute: torch.dtype,
-    dtype: torch.dtype,
+    compute: DType,
+    dtype: DType,
 ) -> tuple[torch.Tensor, float]:
     """What `scale_update` makes of these rows, and ||tuned - base||^2."""
-    start = base.to(compute)
-    update = tuned.to(compute).sub_(start) if tuned.dtype != compute else tuned - start
+    start = base.to(compute.torch)
+    update = tuned.to(compute.torch).sub_(start) if tuned.dtype != compute.torch else tuned - start
     square = _square(update.reshape(-1))
     if scale == 1:
-        return tuned.to(dtype), square
+        return tuned.to(dtype.torch), square
     if scale == 0:
-        return start.to(dtype), square
-    return update.mul_(scale).add_(start).to(dtype), square
+        return start.to(dtype.torch), square
+    return update.mul_(scale).add_(start).to(dtype.torch), square
 
 
 def _square(update: torch.Tensor) -> float:

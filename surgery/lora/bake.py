@@ -83,13 +83,13 @@ def _baked(base: Checkpoint, name: str, edited: Edited) -> LazyTensor:
     if not updates:
         if start.dtype == dtype:
             return unchecked(start)
-        kernel = partial(rounded, dtype=dtype.torch)
+        kernel = partial(rounded, dtype=dtype)
         return LazyTensor(start.shape, dtype, inputs=(start,), kernel=kernel)
     kernel = partial(
         apply_updates,
         scales=(1.0,) * len(updates),
-        compute=wide(start, *updates).torch,
-        dtype=dtype.torch,
+        compute=wide(start, *updates),
+        dtype=dtype,
     )
     return LazyTensor(start.shape, dtype, inputs=(start, *updates), kernel=kernel)
 
@@ -104,7 +104,7 @@ def _update(base: Checkpoint, name: str, edited: Edited) -> LazyTensor:
     after = edited.start
     if edited.updates:
         after = combined((edited.start, *edited.updates), (1.0,) * (1 + len(edited.updates)))
-    kernel = partial(difference, compute=kind.torch, dtype=kind.torch)
+    kernel = partial(difference, compute=kind, dtype=kind)
     return LazyTensor(after.shape, kind, inputs=(before, after), kernel=kernel)
 
 

@@ -21,18 +21,18 @@ def with_magnitudes(
     the outputs are those: in a matrix stored (in, out), and, as PEFT has it, in an embedding."""
     from surgery.kernels import low_rank
 
-    compute = wide(base, update).torch
+    compute = wide(base, update)
     if columns:
-        kernel = partial(low_rank.with_magnitudes_of_columns, compute=compute, dtype=dtype.torch)
+        kernel = partial(low_rank.with_magnitudes_of_columns, compute=compute, dtype=dtype)
         measure = partial(_column_factors, magnitude=magnitude, compute=compute)
         inputs = (base, update)
         return LazyTensor(base.shape, dtype, inputs=inputs, kernel=kernel, measure=measure)
-    kernel = partial(low_rank.with_magnitudes_of_rows, compute=compute, dtype=dtype.torch)
+    kernel = partial(low_rank.with_magnitudes_of_rows, compute=compute, dtype=dtype)
     return LazyTensor(base.shape, dtype, inputs=(base, update, magnitude), kernel=kernel)
 
 
 def _column_factors(
-    inputs: tuple[LazyTensor, ...], *, magnitude: LazyTensor, compute: torch.dtype
+    inputs: tuple[LazyTensor, ...], *, magnitude: LazyTensor, compute: DType
 ) -> torch.Tensor:
     """magnitude / norm of every column of base + update."""
     import numpy
@@ -42,6 +42,6 @@ def _column_factors(
 
     squares = numpy.zeros(inputs[0].width)
     for base, update in blocks(inputs):
-        moved = update.add_(base.to(compute)).double().numpy()
+        moved = update.add_(base.to(compute.torch)).double().numpy()
         squares += numpy.add.reduce(moved * moved, axis=0)
     return stretch(squares, magnitude.read())

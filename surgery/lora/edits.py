@@ -194,7 +194,7 @@ class _Collection:
             self.problems.append(self._shapes(adapter, f"{module}.bias", bias.shape, name))
             return
         kind = wide(edited.start, bias)
-        kernel = partial(total_update, scales=(update.scale,), compute=kind.torch)
+        kernel = partial(total_update, scales=(update.scale,), compute=kind)
         checked = known_finite(bias, _called(adapter, f"{module}.bias"))
         scaled = LazyTensor(bias.shape, kind, inputs=(checked,), kernel=kernel)
         self.edits[name] = replace(edited, updates=(*edited.updates, scaled))
@@ -290,7 +290,7 @@ def _in(tensor: LazyTensor, kind: DType) -> LazyTensor:
 
     if tensor.dtype == kind:
         return tensor
-    kernel = partial(rounded, dtype=kind.torch)
+    kernel = partial(rounded, dtype=kind)
     return LazyTensor(tensor.shape, kind, inputs=(tensor,), kernel=kernel)
 
 

@@ -41,7 +41,7 @@ class _LowRank:
         from surgery.kernels.low_rank import product
 
         left = self.left.read(start, stop)
-        return product(left, self.right.read(), scale=self.scale, compute=tensor.dtype.torch)
+        return product(left, self.right.read(), scale=self.scale, compute=tensor.dtype)
 
 
 @dataclass(frozen=True, eq=False)

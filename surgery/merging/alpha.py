@@ -8,10 +8,9 @@ from collections.abc import Iterator, Mapping
 from math import fsum
 from threading import Lock
 
-import torch
-
 from surgery.errors import UnsupportedError
 from surgery.merging.measures import ranges, total
+from surgery.on_demand import torch
 from surgery.parallel import Progress, run_all
 from surgery.tensor import LazyTensor
 

@@ -7,9 +7,10 @@ A builder chooses a kernel, its inputs, and what has to be measured first. Arith
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING
 
+from surgery.dtypes import DType
 from surgery.merging.finite import unchecked
 from surgery.merging.job import Job
 from surgery.tensor import LazyTensor
@@ -17,6 +18,7 @@ from surgery.values import noise
 
 if TYPE_CHECKING:
     import numpy
+    import torch
 
     from surgery.kernels.merging import Combination
 
@@ -143,42 +145,63 @@ def average(job: Job) -> LazyTensor:
 
 def ties(job: Job) -> LazyTensor:
     """Trim what is small, elect signs, average."""
-    count = job.numel
-    kept = [
-        None if density >= 1 else (count - max(1, int(density * count)), count)
-        for density in job.parameters["density"]
-    ]
-    return _trimmed(job, kept, elect=True)
+    return _trimmed(job, _largest(job.numel, job.parameters["density"]), elect=True)
 
 
 def breadcrumbs(job: Job, *, elect: bool) -> LazyTensor:
     """Trim both ends, and add up; with `elect`, by elected signs."""
-    count = job.numel
-    kept: list[tuple[int, int] | None] = []
-    for density, gamma in zip(job.parameters["density"], job.parameters["gamma"], strict=True):
-        size = int(density * count)
-        first = max(0, count - size - int(gamma * count))
-        kept.append(None if density >= 1 else (first, first + size))
+    kept = _middle(job.numel, job.parameters["density"], job.parameters["gamma"])
     return _trimmed(job, kept, elect=elect)
 
 
-def _trimmed(job: Job, kept: list[tuple[int, int] | None], *, elect: bool) -> LazyTensor:
-    from surgery.kernels.merging import trim
-    from surgery.merging.measures import magnitude_bounds
+Ranks = tuple[tuple[int, int] | None, ...]
+"""For each model the first rank of magnitude that is kept, counted from the smallest, and the one
+after the last; None where all are."""
 
-    kernel = partial(
-        trim,
-        weights=job.parameters["weight"],
-        elect=elect,
-        normalize=job.parameters["normalize"],
+
+@lru_cache(maxsize=1 << 12)  # many tensors have the same size
+def _largest(count: int, densities: tuple[float, ...]) -> Ranks:
+    return tuple(
+        None if density >= 1 else (count - max(1, int(density * count)), count)
+        for density in densities
     )
+
+
+@lru_cache(maxsize=1 << 12)
+def _middle(count: int, densities: tuple[float, ...], gammas: tuple[float, ...]) -> Ranks:
+    kept: list[tuple[int, int] | None] = []
+    for density, gamma in zip(densities, gammas, strict=True):
+        size = int(density * count)
+        first = max(0, count - size - int(gamma * count))
+        kept.append(None if density >= 1 else (first, first + size))
+    return tuple(kept)
+
+
+def _trimmed(job: Job, kept: Ranks, *, elect: bool) -> LazyTensor:
+    kernel = _trimming(job.parameters["weight"], elect, job.parameters["normalize"])
     if all(ranks is None for ranks in kept):
         return job.tensor(partial(kernel, measured=kept))
     return job.tensor(
         kernel,
-        measure=partial(magnitude_bounds, kept=kept, compute=job.compute),
+        measure=_bounds(kept, job.compute),
         measures_all=all(ranks is not None and 0 < ranks[0] < ranks[1] for ranks in kept),
     )
+
+
+@lru_cache(maxsize=1 << 12)
+def _trimming(
+    weights: tuple[float, ...], elect: bool, normalize: bool
+) -> Callable[..., torch.Tensor]:
+    from surgery.kernels.merging import trim
+
+    return partial(trim, weights=weights, elect=elect, normalize=normalize)
+
+
+@lru_cache(maxsize=1 << 12)
+def _bounds(kept: Ranks, compute: DType) -> Callable[..., list[tuple[float, float] | None]]:
+    from surgery.merging.measures import magnitude_bounds
+
+    return partial(magnitude_bounds, kept=kept, compute=compute)
 
 
 def dropped(job: Job, *, elect: bool, by_rank: bool) -> LazyTensor:

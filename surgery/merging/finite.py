@@ -20,11 +20,20 @@ Measure = Callable[[Inputs], Any]
 
 
 def finite(model: Checkpoint, name: str) -> LazyTensor:
-    """The tensor `name` of `model`, before it is rounded if it is a rounding (its `exact`), whose
-    reading fails where it isn't finite: arithmetic would spread one NaN to its whole row, or drop
-    it without a word."""
+    """`values_of` whose reading fails where they aren't finite: arithmetic would spread one NaN to
+    its whole row, or drop it without a word."""
+    return known_finite(values_of(model, name), called(model, name))
+
+
+def values_of(model: Checkpoint, name: str) -> LazyTensor:
+    """The tensor `name` of `model`, before it is rounded if it is a rounding (its `exact`)."""
     tensor = model[name]
-    return known_finite(tensor.exact or tensor, f"{name} of {model.source.reference}")
+    return tensor.exact or tensor
+
+
+def called(model: Checkpoint, name: str) -> str:
+    """What a tensor is called in an error."""
+    return f"{name} of {model.source.reference}"
 
 
 def known_finite(tensor: LazyTensor, where: str) -> LazyTensor:
@@ -46,10 +55,18 @@ def checked_after(
     checks = tuple(map(_check_of, inputs))
     if not any(checks):
         return inputs, kernel, tally
+    names = tuple(None if check is None else check.keywords["where"] for check in checks)
+    return tuple(map(unchecked, inputs)), *looking_after(names, kernel, tally)
+
+
+def looking_after(
+    names: tuple[str | None, ...], kernel: Kernel, tally: Tally = None
+) -> tuple[Kernel, Tally]:
+    """A kernel and a tally that look at their inputs, called `names`, where what they make isn't
+    finite. One without a name isn't looked at."""
     return (
-        tuple(map(unchecked, inputs)),
-        partial(_look_after, kernel=kernel, checks=checks),
-        None if tally is None else partial(_tally_after, tally=tally, checks=checks),
+        partial(_look_after, kernel=kernel, names=names),
+        None if tally is None else partial(_tally_after, tally=tally, names=names),
     )
 
 
@@ -59,42 +76,38 @@ def checked_in_measure(inputs: Inputs, measure: Measure) -> tuple[Inputs, Measur
     return tuple(map(unchecked, inputs)), checked
 
 
-Check = Callable[["torch.Tensor"], "torch.Tensor"]
-
-
-def _check_of(tensor: LazyTensor) -> Check | None:
+def _check_of(tensor: LazyTensor) -> partial[torch.Tensor] | None:
     kernel = tensor.kernel
-    checks = isinstance(kernel, partial) and kernel.func is _require_finite
-    return kernel if checks else None
+    return kernel if isinstance(kernel, partial) and kernel.func is _require_finite else None
 
 
 def _look_after(
     *rows: torch.Tensor,
     kernel: Callable[..., torch.Tensor],
-    checks: Sequence[Check | None],
+    names: Sequence[str | None],
     **options: Any,
 ) -> torch.Tensor:
     made = kernel(*rows, **options)
     if not _is_finite(made):  # or they were all finite, and the result is too large for its type
-        _check_all(rows, checks)
+        _require_all(rows, names)
     return made
 
 
 def _tally_after(
     *rows: torch.Tensor,
     tally: Callable[..., tuple[torch.Tensor, float]],
-    checks: Sequence[Check | None],
+    names: Sequence[str | None],
 ) -> tuple[torch.Tensor, float]:
     made, number = tally(*rows)
     if not _is_finite(made):
-        _check_all(rows, checks)
+        _require_all(rows, names)
     return made, number
 
 
-def _check_all(rows: Sequence[torch.Tensor], checks: Sequence[Check | None]) -> None:
-    for part, check in zip(rows, checks, strict=True):
-        if check is not None:
-            check(part)
+def _require_all(rows: Sequence[torch.Tensor], names: Sequence[str | None]) -> None:
+    for part, name in zip(rows, names, strict=True):
+        if name is not None:
+            _require_finite(part, where=name)
 
 
 def _measure_checked(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES, DType
@@ -14,7 +14,6 @@ from surgery.tensor import LazyTensor
 if TYPE_CHECKING:
     import torch
 
-    from surgery.kernels.merging import Rounding
 
 Inputs = tuple[LazyTensor, ...]
 
@@ -41,23 +40,14 @@ class Job:
         return self.models if self.base is None else (self.base, *self.models)
 
     @property
-    def wide(self) -> DType:
+    def compute(self) -> DType:
         """The type to compute in."""
-        return DTYPES["F64" if any(t.dtype.name == "F64" for t in self.inputs) else "F32"]
-
-    @property
-    def compute(self) -> torch.dtype:
-        return self.wide.torch
+        types = [tensor.dtype for tensor in self.inputs]
+        return DTYPES["F64" if DTYPES["F64"] in types else "F32"]
 
     @property
     def numel(self) -> int:
         return self.models[0].numel
-
-    @property
-    def rounding(self) -> Rounding:
-        from surgery.kernels.merging import Rounding
-
-        return Rounding(self.compute, self.dtype.torch, self.scale, self.bare)
 
     def tensor(
         self,
@@ -74,7 +64,7 @@ class Job:
         kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
         """
         inputs = self.inputs if inputs is None else inputs
-        kernel = partial(kernel, rounding=self.rounding)
+        kernel = _ending(kernel, self.compute, self.dtype, self.scale, self.bare)
         if measures_all:
             assert measure is not None
             inputs, measure = checked_in_measure(inputs, measure)
@@ -82,9 +72,19 @@ class Job:
             inputs, kernel, _ = checked_after(inputs, kernel)
         return LazyTensor(
             self.models[0].shape,
-            self.wide if self.bare else self.dtype,
+            self.compute if self.bare else self.dtype,
             inputs=inputs,
             kernel=kernel,
             rowwise=rowwise,
             measure=measure,
         )
+
+
+@lru_cache(maxsize=1 << 12)  # most tensors have the same one
+def _ending(
+    kernel: Callable[..., torch.Tensor], compute: DType, dtype: DType, scale: float, bare: bool
+) -> Callable[..., torch.Tensor]:
+    """A kernel that is told how to end."""
+    from surgery.kernels.merging import Rounding
+
+    return partial(kernel, rounding=Rounding(compute, dtype, scale, bare))

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from math import fsum
 
 import numpy
-import torch
 
+from surgery.dtypes import DType
 from surgery.kernels import elementwise, fusion
 from surgery.kernels.merging import Combination, updates
 from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.merging.finite import Inputs, unchecked
+from surgery.on_demand import torch
 
 Bounds = tuple[float, float]
 SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_ELEMENTS = 32, 4, 1 << 16
@@ -77,7 +78,7 @@ def gram(inputs: Inputs, *, from_base: bool) -> numpy.ndarray:
 
 
 def magnitude_bounds(
-    inputs: Inputs, *, kept: Sequence[tuple[int, int] | None], compute: torch.dtype
+    inputs: Inputs, *, kept: Sequence[tuple[int, int] | None], compute: DType
 ) -> list[Bounds | None]:
     """For the task vector of each model, the magnitudes of the ranks first to last, counted from
     the smallest; (inf, 0) for a model that keeps nothing. None where all is kept."""
@@ -97,7 +98,7 @@ def magnitude_bounds(
 
 
 def _magnitudes(
-    inputs: Inputs, wanted: set[tuple[int, int]], compute: torch.dtype
+    inputs: Inputs, wanted: set[tuple[int, int]], compute: DType
 ) -> dict[tuple[int, int], float]:
     """The magnitude of each (model, rank) of the task vectors, in one pass over them if a sample
     is as good as most are."""
@@ -109,7 +110,9 @@ def _magnitudes(
     _count_magnitudes(inputs, windows, compute)
     found = {key: window.found for key, window in windows.items()}
     searches = {
-        key: Search([key[1]], compute) for key, magnitude in found.items() if magnitude is None
+        key: Search([key[1]], compute.torch)
+        for key, magnitude in found.items()
+        if magnitude is None
     }
     while not all(search.done for search in searches.values()):
         _count_magnitudes(inputs, searches, compute)
@@ -122,7 +125,7 @@ def _magnitudes(
 def _count_magnitudes(
     inputs: Inputs,
     counters: Mapping[tuple[int, int], Window] | Mapping[tuple[int, int], Search],
-    compute: torch.dtype,
+    compute: DType,
 ) -> None:
     """Let each counter see the magnitudes of its model's task vector."""
     models = sorted({at for at, _ in counters})
@@ -137,9 +140,7 @@ def _count_magnitudes(
             counter.count(sizes[at])
 
 
-def _samples(
-    inputs: Inputs, models: Sequence[int], compute: torch.dtype
-) -> dict[int, numpy.ndarray]:
+def _samples(inputs: Inputs, models: Sequence[int], compute: DType) -> dict[int, numpy.ndarray]:
     """Magnitudes of the models' task vectors, sorted: some of rows from all over the tensor, or
     all of a small one."""
     if not models:
@@ -166,9 +167,7 @@ def _samples(
     return {at: numpy.sort(tau.abs_().numpy()) for at, tau in zip(models, taus, strict=True)}
 
 
-def selected_shares(
-    inputs: Inputs, *, topk: float, compute: torch.dtype
-) -> tuple[float, list[float]]:
+def selected_shares(inputs: Inputs, *, topk: float, compute: DType) -> tuple[float, list[float]]:
     """For SCE: the variance from which on an entry is selected, and each model's share of the
     squares of what was selected."""
     threshold = _variance_threshold(inputs, topk, compute) if topk < 1 else 0.0
@@ -184,7 +183,7 @@ def selected_shares(
     return threshold, [part / whole if whole > 0 else 1 / len(sums) for part in sums]
 
 
-def _variance_threshold(inputs: Inputs, topk: float, compute: torch.dtype) -> float:
+def _variance_threshold(inputs: Inputs, topk: float, compute: DType) -> float:
     """The smallest variance among the `topk` part of those that aren't 0, the largest."""
     there = 0
     for base, *models in blocks(inputs):
@@ -193,7 +192,7 @@ def _variance_threshold(inputs: Inputs, topk: float, compute: torch.dtype) -> fl
     count = int(there * topk)
     if count == 0:
         return float("inf")
-    search = Search([inputs[0].numel - count], compute)
+    search = Search([inputs[0].numel - count], compute.torch)
     while not search.done:
         for base, *models in blocks(inputs):
             _, taus = updates(base, models, compute)
@@ -202,9 +201,11 @@ def _variance_threshold(inputs: Inputs, topk: float, compute: torch.dtype) -> fl
     return search.found[0]
 
 
-def importance_bound(inputs: Inputs, *, compute: torch.dtype) -> float:
+def importance_bound(inputs: Inputs, *, compute: DType) -> float:
     """For Arcee Fusion: the importance from which on an update is taken over."""
-    search = Search(fusion.quartile_ranks(inputs[0].numel) if inputs[0].numel else [], compute)
+    search = Search(
+        fusion.quartile_ranks(inputs[0].numel) if inputs[0].numel else [], compute.torch
+    )
     while not search.done:
         for base, model in blocks(inputs):
             search.count(fusion.importance(base, model, compute))
@@ -213,7 +214,7 @@ def importance_bound(inputs: Inputs, *, compute: torch.dtype) -> float:
 
 
 def own_factors(
-    inputs: Inputs, *, r: float, alpha: float, epsilon: float, compute: torch.dtype
+    inputs: Inputs, *, r: float, alpha: float, epsilon: float, compute: DType
 ) -> list[float]:
     """For RAM+: 1 + r * min(alpha, shared / own) for each model, of the entries that it changed
     with others and alone."""

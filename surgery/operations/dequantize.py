@@ -145,5 +145,5 @@ def _rounded(values: LazyTensor, dtype: DType) -> LazyTensor:
         return values
     from surgery.kernels.dequantize import rounded
 
-    kernel = partial(rounded, dtype=dtype.torch)
+    kernel = partial(rounded, dtype=dtype)
     return LazyTensor(values.shape, dtype, inputs=(values,), kernel=kernel, exact=values)

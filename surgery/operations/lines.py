@@ -3,7 +3,7 @@ learnt and remembers what it knew. Wang et al., arXiv 2410.17146."""
 
 from __future__ import annotations
 
-from functools import partial
+from functools import lru_cache, partial
 from math import isfinite
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
 from surgery.dtypes import DType
 from surgery.errors import ArgumentError
-from surgery.merging.finite import Inputs, Kernel, Tally, checked_after, finite
+from surgery.merging.finite import Kernel, Tally, called, finite, looking_after, values_of
 from surgery.operations.dequantize import computable
 from surgery.operations.pairs import check_pair, tied_head
 from surgery.tensor import LazyTensor
@@ -66,9 +66,7 @@ def lines(
     head = tied_head(tuned, base)
     starts = {head: base.anatomy.embedding or ""}
     tensors = {
-        name: scaled_update(
-            finite(base, starts.get(name, name)), finite(tuned, name), scales[name], tensor.dtype
-        )
+        name: _scaled_update(base, starts.get(name, name), tuned, name, scales[name])
         for name, tensor in tuned.items()
         if tensor.dtype.kind == "float" and anatomy.places[name].role is not Role.BUFFER
         if name in meant
@@ -111,16 +109,25 @@ def scale_of(place: Place, anatomy: Anatomy, alpha: float, beta: float, outside:
     return alpha + beta if outside == "depth" and late else alpha
 
 
-def scaled_update(base: LazyTensor, tuned: LazyTensor, scale: float, dtype: DType) -> LazyTensor:
-    """base + scale * (tuned - base), in `dtype`."""
+def _scaled_update(
+    base: Checkpoint, start: str, tuned: Checkpoint, name: str, scale: float
+) -> LazyTensor:
+    """`start` of base + scale * (`name` of tuned - `start` of base), in the type of `name`."""
+    if scale in (0, 1):  # one of the inputs as it is, and the other isn't seen in the result
+        inputs = finite(base, start), finite(tuned, name)
+    else:
+        inputs = values_of(base, start), values_of(tuned, name)
+    dtype = tuned[name].dtype
+    kernel, tally = _kernels(scale, inputs[0].dtype, inputs[1].dtype, dtype)
+    if scale not in (0, 1):
+        kernel, tally = looking_after((called(base, start), called(tuned, name)), kernel, tally)
+    return LazyTensor(tuned[name].shape, dtype, inputs=inputs, kernel=kernel, tally=tally)
+
+
+@lru_cache(maxsize=1 << 12)  # the tensors of a block have the same ones
+def _kernels(scale: float, base: DType, tuned: DType, dtype: DType) -> tuple[Kernel, Tally]:
     from surgery.kernels.updates import scale_and_square, scale_update
 
-    wide = tuned if tuned.dtype.bits >= base.dtype.bits else base
-    compute = wide.dtype.compute
-    how: dict[str, Any] = {"scale": scale, "compute": compute, "dtype": dtype.torch}
-    inputs: Inputs = (base, tuned)
-    kernel: Kernel = partial(scale_update, **how)
-    tally: Tally = partial(scale_and_square, **how)
-    if scale not in (0, 1):  # those take one of the inputs
-        inputs, kernel, tally = checked_after(inputs, kernel, tally)
-    return LazyTensor(tuned.shape, dtype, inputs=inputs, kernel=kernel, tally=tally)
+    compute = max(base, tuned, key=lambda one: one.bits).compute
+    how: dict[str, Any] = {"scale": scale, "compute": compute, "dtype": dtype}
+    return partial(scale_update, **how), partial(scale_and_square, **how)

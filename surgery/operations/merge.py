@@ -292,10 +292,10 @@ class _Merging:
         from surgery.kernels.merging import difference
 
         assert self.base is not None
-        merged = self.method.build(replace(job, dtype=job.wide))
+        merged = self.method.build(replace(job, dtype=job.compute))
         return LazyTensor(
             merged.shape,
-            job.wide,
+            job.compute,
             inputs=(self._of(self.base, name), merged),
             kernel=partial(difference, compute=job.compute, dtype=job.compute),
         )
@@ -320,8 +320,8 @@ def _scaled_merge(method: Method, job: Job, base: LazyTensor, scale: float) -> L
     """base + scale * (merged - base), for a method that knows no base, rounded once."""
     from surgery.kernels.updates import scale_update
 
-    merged = method.build(replace(job, dtype=job.wide))
-    kernel = partial(scale_update, scale=scale, compute=job.compute, dtype=job.dtype.torch)
+    merged = method.build(replace(job, dtype=job.compute))
+    kernel = partial(scale_update, scale=scale, compute=job.compute, dtype=job.dtype)
     return LazyTensor(base.shape, job.dtype, inputs=(base, merged), kernel=kernel)
 
 

@@ -92,7 +92,7 @@ def _difference(base: LazyTensor, tuned: LazyTensor, dtype: DType | None) -> Laz
 
     wide = DTYPES["F64" if "F64" in (base.dtype.name, tuned.dtype.name) else "F32"]
     stored = dtype or wide
-    kernel = partial(difference, compute=wide.torch, dtype=stored.torch)
+    kernel = partial(difference, compute=wide, dtype=stored)
     return LazyTensor(tuned.shape, stored, inputs=(base, tuned), kernel=kernel)
 
 
@@ -106,8 +106,8 @@ def _applied(
     kernel = partial(
         apply_updates,
         scales=tuple(scale for _, scale in updates),
-        compute=wide.torch,
-        dtype=dtype.torch,
+        compute=wide,
+        dtype=dtype,
     )
     inputs, checked, _ = checked_after((base, *taus), kernel)
     return LazyTensor(base.shape, dtype, inputs=inputs, kernel=checked)

@@ -178,7 +178,7 @@ def _averaged(rows: tuple[LazyTensor, ...], dtype: DType) -> LazyTensor:
     from surgery.kernels.vocabulary import average
 
     wide = common_type([tensor.dtype for tensor in rows])
-    kernel = partial(average, compute=wide.compute, dtype=dtype.torch)
+    kernel = partial(average, compute=wide.compute, dtype=dtype)
     return LazyTensor(rows[0].shape, dtype, inputs=rows, kernel=kernel)
 
 
