@@ -18,6 +18,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -75,7 +76,8 @@ def compare(cases: Iterable[Case], repeat: int, *, warm_up: bool = True) -> None
     """Run each case `repeat` times, each time followed by its floor, after a warm-up that also
     gives the floor a directory of the output's size to copy (a case without inputs has no floor,
     and may go without the warm-up). One case after the other, so that
-    the file cache has to hold what one case needs and no more."""
+    the file cache has to hold what one case needs and no more. Each row of the table is told on
+    stderr when it is known."""
     for case in cases:
         _remove(case.output)
         if warm_up:
@@ -92,6 +94,7 @@ def compare(cases: Iterable[Case], repeat: int, *, warm_up: bool = True) -> None
                 case.floors.append(floor(case.inputs, model))
         if model is not None:
             shutil.rmtree(model)
+        print(table([case]).splitlines()[-1], shlex.join(case.command), file=sys.stderr, flush=True)
 
 
 def warm(folders: Iterable[Path]) -> None:

@@ -2,8 +2,7 @@
 
     python benchmarks/scale.py [--sizes 0.5GB,1GB,2GB,4GB] [--repeat 3] [--work DIR] [--json OUT]
 
-prints a Markdown table for each command (see measure.py for the columns), and on stderr each row
-when it is known. The certificate
+prints a Markdown table for each command (see measure.py for the columns). The certificate
 (`verify --no-logits`) writes nothing: its floor is reading both models once. Needs room for three
 models of the largest size on the disk, and memory to cache two.
 """
@@ -40,22 +39,15 @@ def measured(surgery: str, work: Path, size: str, repeat: int) -> dict[str, Case
         inputs = [path for path in given if isinstance(path, Path)]
         command = [surgery, name.split()[0], *map(str, given), "-o", str(out)]
         cases[name] = Case(size, command, inputs, out)
-    for name, case in cases.items():
-        compare([case], repeat)
-        _tell(name, case)
+    compare(cases.values(), repeat)
     subprocess.run([surgery, "grow", str(base), "-o", str(grown), *growth], check=True,
                    stdout=subprocess.DEVNULL)  # fmt: skip
     name = "verify BASE GROWN --no-logits"
     command = [surgery, "verify", str(base), str(grown), "--no-logits"]
     cases[name] = Case(size, command, [base, grown])
     compare([cases[name]], repeat)
-    _tell(name, cases[name])
     shutil.rmtree(grown)
     return cases
-
-
-def _tell(name: str, case: Case) -> None:
-    print(f"{name} {table([case]).splitlines()[-1]}", file=sys.stderr, flush=True)
 
 
 def main() -> None:
