@@ -53,13 +53,13 @@ class Window:
             return
         flat = values.reshape(-1).numpy()
         below = flat < self._marks[0]
-        near = numpy.compress((flat <= self._marks[-1]) ^ below, flat)
+        inside = (flat <= self._marks[-1]) ^ below
+        for at, mark in enumerate(self._marks):  # before what is inside is taken: they are many
+            equal = flat == mark
+            inside ^= equal
+            self._equal[at] += int(numpy.count_nonzero(equal))
         self._below += int(numpy.count_nonzero(below))
-        for at, mark in enumerate(self._marks):
-            equal = near == mark
-            if count := int(numpy.count_nonzero(equal)):
-                self._equal[at] += count
-                near = near[~equal]
+        near = numpy.compress(inside, flat)
         start, self._kept = self._kept, self._kept + len(near)
         if self._kept > len(self._near):  # many near numbers: more than a window should hold
             self._kept = None
