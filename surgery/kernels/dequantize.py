@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from surgery.dtypes import DType
 from surgery.on_demand import torch
 
 
@@ -26,8 +25,3 @@ def powers_of_two(exponents: torch.Tensor) -> torch.Tensor:
     """2 ** (e - 127) for bytes e, as E8M0 has them; 255 is its NaN."""
     exact = torch.ldexp(torch.ones((), dtype=torch.float64), exponents.to(torch.float64) - 127)
     return torch.where(exponents == 255, torch.nan, exact).to(torch.float32)
-
-
-def rounded(values: torch.Tensor, *, dtype: DType) -> torch.Tensor:
-    """The values, rounded to `dtype`."""
-    return values.to(dtype.torch)

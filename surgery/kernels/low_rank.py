@@ -59,11 +59,6 @@ def stretch(squares: numpy.ndarray, magnitudes: torch.Tensor) -> torch.Tensor:
     return torch.where(norms > 0, magnitudes.to(torch.float64) / norms, 0.0)
 
 
-def rounded(rows: torch.Tensor, *, dtype: DType) -> torch.Tensor:
-    """The same in another type."""
-    return rows.to(dtype.torch)
-
-
 OVERSAMPLING, POWER_ITERATIONS = 10, 4
 
 

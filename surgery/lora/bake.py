@@ -74,7 +74,7 @@ def adapter_task_vector(base: Checkpoint, adapter: Adapter) -> TaskVector:
 
 def _baked(base: Checkpoint, name: str, edited: Edited) -> LazyTensor:
     """The tensor after its edits, in the type that the base has it in."""
-    from surgery.kernels.low_rank import rounded
+    from surgery.kernels.rounding import rounded
     from surgery.kernels.updates import apply_updates
 
     embedding = base.anatomy.embedding or ""

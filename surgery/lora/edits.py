@@ -286,7 +286,7 @@ def _called(adapter: Adapter, module: str) -> str:
 
 def _in(tensor: LazyTensor, kind: DType) -> LazyTensor:
     """`tensor` in the type `kind`."""
-    from surgery.kernels.low_rank import rounded
+    from surgery.kernels.rounding import rounded
 
     if tensor.dtype == kind:
         return tensor

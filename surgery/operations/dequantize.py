@@ -143,7 +143,7 @@ def _notes(model: Checkpoint, layout: Layout, dtype: DType) -> tuple[str, ...]:
 def _rounded(values: LazyTensor, dtype: DType) -> LazyTensor:
     if values.dtype == dtype:
         return values
-    from surgery.kernels.dequantize import rounded
+    from surgery.kernels.rounding import rounded
 
     kernel = partial(rounded, dtype=dtype)
     return LazyTensor(values.shape, dtype, inputs=(values,), kernel=kernel, exact=values)
