@@ -37,7 +37,7 @@ def take_signals() -> None:
 def stop(number: int, frame: FrameType | None) -> None:
     """Answer a signal, which came in the middle of `frame`."""
     if phase is Phase.at_work:
-        if _is_lost(frame):
+        if _would_be_lost(frame):
             _later(number)
             return
         raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
@@ -55,7 +55,7 @@ def come_again(lost: sys.UnraisableHookArgs) -> None:
     _later(number_of(lost.exc_value))
 
 
-def _is_lost(frame: FrameType | None) -> bool:
+def _would_be_lost(frame: FrameType | None) -> bool:
     """Whether what is raised here would be lost: `come_again` is at work itself."""
     while frame is not None and frame.f_code is not come_again.__code__:
         frame = frame.f_back

@@ -281,8 +281,7 @@ def _cross_check(
     notes: list[str] = []
     if index is not None:
         named = index["weight_map"]
-        every = [*named, *(name for name in where if name not in named)]
-        for name in [] if named == where else every:
+        for name in () if named == where else {**named, **where}:
             says, lies = named.get(name), where.get(name)
             if says != lies:
                 problems.append(

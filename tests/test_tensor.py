@@ -459,7 +459,7 @@ def test_what_is_computed_in_which_type(name: str) -> None:
 
 @pytest.mark.parametrize("name", DTYPES)
 def test_there_is_one_of_each_type(name: str) -> None:
-    """A plan that goes to another process, and comes back, has those."""
+    """A copy is the type itself: types are compared by being the same."""
     assert pickle.loads(pickle.dumps(DTYPES[name])) is DTYPES[name]
     assert copy.deepcopy(DTYPES[name]) is DTYPES[name]
 

@@ -113,15 +113,14 @@ def _scaled_update(
     base: Checkpoint, start: str, tuned: Checkpoint, name: str, scale: float
 ) -> LazyTensor:
     """`start` of base + scale * (`name` of tuned - `start` of base), in the type of `name`."""
+    like = tuned[name]
+    inputs = values_of(base, start), values_of(tuned, name)
+    kernel, tally = _kernels(scale, inputs[0].dtype, inputs[1].dtype, like.dtype)
     if scale in (0, 1):  # one of the inputs as it is, and the other isn't seen in the result
         inputs = finite(base, start), finite(tuned, name)
     else:
-        inputs = values_of(base, start), values_of(tuned, name)
-    dtype = tuned[name].dtype
-    kernel, tally = _kernels(scale, inputs[0].dtype, inputs[1].dtype, dtype)
-    if scale not in (0, 1):
         kernel, tally = looking_after((called(base, start), called(tuned, name)), kernel, tally)
-    return LazyTensor(tuned[name].shape, dtype, inputs=inputs, kernel=kernel, tally=tally)
+    return LazyTensor(like.shape, like.dtype, inputs=inputs, kernel=kernel, tally=tally)
 
 
 @lru_cache(maxsize=1 << 12)  # the tensors of a block have the same ones
