@@ -43,35 +43,30 @@ class Window:
         self._marks = numpy.unique([low, sample[round(rank / count * last)], high])
         self._equal = [0] * len(self._marks)
         self._below = 0
-        # one piece of memory: many small ones among a thread's large temporaries would scatter it
-        self._near = numpy.empty(max(1 << 16, int(8 * MARGIN * count)), dtype=sample.dtype)
-        self._kept: int | None = 0
+        self._near: list[numpy.ndarray] = []
+        self._room = max(1 << 16, int(8 * MARGIN * count))
 
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""
-        if self._kept is None:
-            return
+        if self._room < 0:
+            return  # many near numbers: more than a window should hold
         flat = values.reshape(-1).numpy()
         below = flat < self._marks[0]
         inside = (flat <= self._marks[-1]) ^ below
-        for at, mark in enumerate(self._marks):  # before what is inside is taken: they are many
+        for at, mark in enumerate(self._marks):
             equal = flat == mark
             inside ^= equal
             self._equal[at] += int(numpy.count_nonzero(equal))
         self._below += int(numpy.count_nonzero(below))
-        near = numpy.compress(inside, flat)
-        start, self._kept = self._kept, self._kept + len(near)
-        if self._kept > len(self._near):  # many near numbers: more than a window should hold
-            self._kept = None
-        else:
-            self._near[start : self._kept] = near
+        self._near.append(numpy.compress(inside, flat))
+        self._room -= len(self._near[-1])
 
     @property
     def found(self) -> float | None:
         """The value, or None: it wasn't in the window."""
-        if self._kept is None or self.rank < self._below:
+        if self._room < 0 or self.rank < self._below:
             return None
-        near = self._near[: self._kept]
+        near = numpy.concatenate([self._marks[:0], *self._near])
         at = self.rank - self._below  # among what is near, and the marks that were passed
         for mark, equal in zip(self._marks, self._equal, strict=True):
             smaller = int(numpy.count_nonzero(near < mark))
