@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from merging import case, lazily, merged, model_count, with_base
 
+from surgery.kernels.merging import by_rank
 from surgery.kernels.selection import Search, Window, order_statistics
 from surgery.merging import measures
 from surgery.merging.methods import METHODS
@@ -215,6 +216,23 @@ def test_della(method: str, shape: tuple[int, ...]) -> None:
         kept.append(out.reshape(shape))
     wanted = sum(kept) if method == "della_linear" else disjoint_mean(kept, [1.0] * 3, True)
     close(merged(method, base, models, density=0.6, epsilon=0.3, seed=7), start + wanted)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.floats(0, width=32, allow_infinity=False), min_size=2, max_size=40),
+    st.sampled_from([torch.float32, torch.float64]),
+)
+def test_ranks_are_places_in_a_stable_order(values: list[float], dtype: torch.dtype) -> None:
+    """Also of floats that agree in one half of their bits, denormal ones and zeros."""
+    repeated = [value for value in values for _ in range(2)]
+    tau = torch.tensor([repeated, repeated[::-1]], dtype=dtype)
+    last = len(repeated) - 1
+    ranks = by_rank(-tau, 0.5, 0.5).mul(last).round()  # from 0 to 1
+    for row, found in zip(tau.tolist(), ranks.tolist(), strict=True):
+        assert sorted(range(len(row)), key=row.__getitem__) == sorted(
+            range(len(row)), key=found.__getitem__
+        )
 
 
 def test_consensus() -> None:

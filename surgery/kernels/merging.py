@@ -230,22 +230,23 @@ def by_rank(tau: torch.Tensor, density: float, spread: float) -> torch.Tensor:
 
 
 def _ranks(values: torch.Tensor) -> torch.Tensor:
-    """The rank of each nonnegative value in its row, those of one value as they stand. Float32 is
-    sorted as whole numbers, the value's bits above its place: numpy sorts those several times as
-    fast as torch finds the order of floats."""
-    width = values.shape[-1]
-    ranks = torch.arange(width, dtype=values.dtype)
-    if values.dtype != torch.float32 or width > 1 << 32 or not values.numel():
+    """The rank of each nonnegative value in its row, those of one value as they stand.
+
+    The bits of such floats are in the order of the floats. Float32 is ordered by their lower
+    half and then by their upper half: numpy orders 16 bits by counting, several times as fast as
+    either library finds the order of floats.
+    """
+    if values.dtype == torch.float32:
+        halves = values.numpy().view(numpy.uint16).reshape(*values.shape, 2)  # little-endian
+        order = _order(halves[..., 0])
+        upper = torch.from_numpy(halves[..., 1].view(numpy.int16)).gather(-1, order)
+        order = order.gather(-1, _order(upper.numpy()))
+    else:
         order = values.argsort(dim=-1, stable=True)
-        return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
-    keys = values.numpy().view(numpy.uint32).astype(numpy.uint64)
-    keys <<= numpy.uint64(32)
-    keys |= numpy.arange(width, dtype=numpy.uint64)
-    keys.sort(axis=-1)
-    keys &= numpy.uint64(0xFFFF_FFFF)
-    found = torch.empty_like(values)
-    for row, places in zip(
-        found.view(-1, width).numpy(), keys.view(numpy.int64).reshape(-1, width), strict=True
-    ):
-        row[places] = ranks.numpy()
-    return found
+    ranks = torch.arange(values.shape[-1], dtype=values.dtype)
+    return torch.empty_like(values).scatter_(-1, order, ranks.expand_as(values))
+
+
+def _order(keys: numpy.ndarray) -> torch.Tensor:
+    """The places of the keys of each row in ascending order, those of one key as they stand."""
+    return torch.from_numpy(keys.argsort(axis=-1, kind="stable"))
