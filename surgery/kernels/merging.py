@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import numpy
 
-from surgery.dtypes import DType
+from surgery.dtypes import DTYPES, DType
+from surgery.kernels import compiled
 from surgery.on_demand import torch
 
 
@@ -25,6 +26,12 @@ class Rounding:
     dtype: DType
     scale: float = 1.0
     bare: bool = False
+
+    @property
+    def plain(self) -> bool:
+        """From float32 to bfloat16, as almost every merge ends."""
+        ends = self.compute is DTYPES["F32"] and self.dtype is DTYPES["BF16"]
+        return ends and not self.bare
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ def combine(
     """
     chosen = combination or measured
     assert chosen is not None
+    if rounding.plain and compiled.takes((first, *others)):
+        return compiled.combine(first, others, chosen.start - 1, chosen.steps, rounding.scale)
     start, taus = updates(first, others, rounding.compute)
     total: torch.Tensor | None = None
     if chosen.start != 1:
@@ -105,8 +114,7 @@ def fuse(
     the disjoint mean of TIES (arXiv 2306.01708). Without `elect` it is a plain sum,
     divided by the sum of all weights.
     """
-    if elect and normalize and weights[0] > 0 and len(set(weights)) == 1:
-        weights = (1.0,) * len(weights)  # the division takes out what they have in common
+    weights = _effective(weights, elect, normalize)
     for tau, weight in zip(taus, weights, strict=True):
         if weight != 1:
             tau.mul_(weight)
@@ -114,8 +122,7 @@ def fuse(
         total = taus[0]
         for tau in taus[1:]:
             total.add_(tau)
-        divisor = sum(weights)
-        return total.div_(divisor) if normalize and abs(divisor) > 1e-8 else total
+        return total.div_(_divisor(weights)) if normalize else total
     total = taus[0].add(taus[1]) if len(taus) > 1 else taus[0]
     for tau in taus[2:]:
         total.add_(tau)
@@ -130,16 +137,28 @@ def fuse(
         merged = agreeing if merged is None else merged.add_(agreeing)
     assert merged is not None
     if counted is not None:
-        merged.div_(_nowhere_zero(counted, weights))
+        least = _least(weights)  # a clamp takes a small part of the time of a comparison
+        merged.div_(counted.clamp_(min=least) if least else counted.masked_fill_(counted == 0, 1))
     return merged.mul_(sign)
 
 
-def _nowhere_zero(counted: torch.Tensor, weights: Sequence[float]) -> torch.Tensor:
-    """Sums of some of the weights, with something else where there are none: a clamp, which is
-    many times as fast as a comparison, where no sum can be less than the smallest weight."""
-    if min(weights) >= 0 and max(weights) > 0:
-        return counted.clamp_(min=min(weight for weight in weights if weight > 0))
-    return counted.masked_fill_(counted == 0, 1)
+def _effective(weights: Sequence[float], elect: bool, normalize: bool) -> Sequence[float]:
+    """The weights, or ones where a division takes out what they have in common."""
+    if elect and normalize and weights[0] > 0 and len(set(weights)) == 1:
+        return (1.0,) * len(weights)
+    return weights
+
+
+def _divisor(weights: Sequence[float]) -> float:
+    """What makes a sum an average, where anything does."""
+    whole = sum(weights)
+    return whole if abs(whole) > 1e-8 else 1.0
+
+
+def _least(weights: Sequence[float]) -> float:
+    """The least that a sum of some of the weights can be, but for the sum of none; 0 where sums of
+    some may be 0."""
+    return min((w for w in weights if w > 0), default=0.0) if min(weights) >= 0 else 0.0
 
 
 def trim(
@@ -156,6 +175,19 @@ def trim(
 
     TIES trims what is small (arXiv 2306.01708), Model Breadcrumbs both ends (arXiv 2312.06795).
     """
+    if rounding.plain and compiled.takes((base, *models)):
+        weights = _effective(weights, elect, normalize)
+        return compiled.trim(
+            base,
+            models,
+            [(0.0, float("inf")) if bounds is None else bounds for bounds in measured],
+            weights,
+            elect=elect,
+            normalize=normalize,
+            divisor=_divisor(weights) if normalize else 1.0,
+            least=_least(weights),
+            scale=rounding.scale,
+        )
     start, taus = updates(base, models, rounding.compute)
     for tau, bounds in zip(taus, measured, strict=True):
         if bounds is not None:

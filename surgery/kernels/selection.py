@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy
 
+from surgery.kernels import compiled
 from surgery.on_demand import torch
 
 BINS = 1 << 16
@@ -46,25 +47,43 @@ class Window:
         self._near: list[numpy.ndarray] = []
         self._room = max(1 << 16, int(8 * MARGIN * count))
 
+    @property
+    def full(self) -> bool:
+        """Whether there were more numbers near than a window should hold: it won't find any."""
+        return self._room < 0
+
+    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> None:
+        """Take |model - base| in float32 into account, of tensors that `compiled` takes."""
+        if self.full:
+            return
+        below, equal, near = compiled.window(base, model, self._marks)
+        self._take(below, equal, near)
+
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""
-        if self._room < 0:
-            return  # many near numbers: more than a window should hold
+        if self.full:
+            return
         flat = values.reshape(-1).numpy()
         below = flat < self._marks[0]
         inside = (flat <= self._marks[-1]) ^ below
-        for at, mark in enumerate(self._marks):
-            equal = flat == mark
-            inside ^= equal
-            self._equal[at] += int(numpy.count_nonzero(equal))
-        self._below += int(numpy.count_nonzero(below))
-        self._near.append(numpy.compress(inside, flat))
-        self._room -= len(self._near[-1])
+        equal = []
+        for mark in self._marks:
+            same = flat == mark
+            inside ^= same
+            equal.append(int(numpy.count_nonzero(same)))
+        self._take(int(numpy.count_nonzero(below)), equal, numpy.compress(inside, flat))
+
+    def _take(self, below: int, equal: Sequence[int], near: numpy.ndarray) -> None:
+        self._below += below
+        for at, count in enumerate(equal):
+            self._equal[at] += count
+        self._near.append(near)
+        self._room -= len(near)
 
     @property
     def found(self) -> float | None:
         """The value, or None: it wasn't in the window."""
-        if self._room < 0 or self.rank < self._below:
+        if self.full or self.rank < self._below:
             return None
         near = numpy.concatenate([self._marks[:0], *self._near])
         at = self.rank - self._below  # among what is near, and the marks that were passed
@@ -103,6 +122,10 @@ class Search:
     @property
     def done(self) -> bool:
         return self._level == self._levels or not self._targets
+
+    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> None:
+        """Take |model - base| in float32 into account."""
+        self.count(model.float().sub_(base.float()).abs_())
 
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""

@@ -13,8 +13,8 @@ from math import fsum
 
 import numpy
 
-from surgery.dtypes import DType
-from surgery.kernels import elementwise, fusion
+from surgery.dtypes import DTYPES, DType
+from surgery.kernels import compiled, elementwise, fusion
 from surgery.kernels.merging import Combination, updates
 from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
@@ -132,6 +132,11 @@ def _count_magnitudes(
     if not models:
         return
     for base, *tuned in blocks((inputs[0], *(inputs[1 + at] for at in models))):
+        if compute is DTYPES["F32"] and compiled.takes((base, *tuned)):
+            parts = dict(zip(models, tuned, strict=True))
+            for (at, _), counter in counters.items():
+                counter.count_between(base, parts[at])
+            continue
         _, taus = updates(base, tuned, compute)
         sizes = dict(zip(models, taus, strict=True))
         for tau in taus:

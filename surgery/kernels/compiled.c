@@ -1,0 +1,179 @@
+/* Merges of bfloat16 in one pass: what combine and trim of merging.py and Window of selection.py do
+ * with some twenty-five operations of torch and numpy, each of which goes through memory.
+ *
+ * The same operations in the same order on every entry, so the same bits; nothing may be contracted
+ * or reassociated (-ffp-contract=off, no -ffast-math). Entries are taken TILE at a time, which stay
+ * in the first-level cache; the loops are written for the compiler to vectorise. Called by
+ * compiled.py, which checks what it passes.
+ */
+
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#define VECTORISED __attribute__((target_clones("avx2", "default")))
+#else
+#define VECTORISED
+#endif
+#ifdef _WIN32
+#define EXPORTED __declspec(dllexport)
+#else
+#define EXPORTED __attribute__((visibility("default")))
+#endif
+
+#define TILE 1024
+#define MOST_MODELS 16
+
+static inline float widened(uint16_t bits) {
+    uint32_t wide = (uint32_t)bits << 16;
+    float value;
+    memcpy(&value, &wide, 4);
+    return value;
+}
+
+/* To the nearest, ties to even; NaN becomes the one that torch makes of it. */
+static inline uint16_t rounded(float value) {
+    uint32_t wide;
+    memcpy(&wide, &value, 4);
+    uint16_t nearest = (uint16_t)((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16);
+    return value != value ? 0x7FC0 : nearest;
+}
+
+static inline int64_t tile_at(int64_t at, int64_t count) {
+    return count - at < TILE ? count - at : TILE;
+}
+
+/* out = base + scale * update */
+static inline void finish(const float *base, float *update, float scale, uint16_t *out, int64_t n) {
+    if (scale != 1)
+        for (int64_t i = 0; i < n; i++) update[i] *= scale;
+    for (int64_t i = 0; i < n; i++) out[i] = rounded(update[i] + base[i]);
+}
+
+/* start * first + the sum of steps[i] * (others[i] - first), scaled and added to the first. */
+EXPORTED VECTORISED void surgery_combine(
+    int64_t count, int64_t models, const uint16_t *first, const uint16_t *const *others,
+    float start, const float *steps, float scale, uint16_t *out
+) {
+    float base[TILE], total[TILE];
+    for (int64_t at = 0; at < count; at += TILE) {
+        int64_t n = tile_at(at, count);
+        for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
+        int64_t from = 0;
+        if (start != 0) {
+            for (int64_t i = 0; i < n; i++) total[i] = base[i] * start;
+        } else if (models > 0) {
+            const uint16_t *model = others[from] + at;
+            float step = steps[from++];
+            for (int64_t i = 0; i < n; i++) total[i] = (widened(model[i]) - base[i]) * step;
+        } else {
+            for (int64_t i = 0; i < n; i++) total[i] = 0;
+        }
+        for (; from < models; from++) {
+            const uint16_t *model = others[from] + at;
+            float step = steps[from];
+            for (int64_t i = 0; i < n; i++) total[i] += (widened(model[i]) - base[i]) * step;
+        }
+        finish(base, total, scale, out + at, n);
+    }
+}
+
+/* Task vectors trimmed to magnitudes from low to high, and fused: see trim and fuse.
+ *
+ * bounds: (low, high) of each model. divisor: what a plain sum is divided by, 1 if by nothing;
+ * with elect and normalize, the sum of the weights that count: at least `least` if that isn't 0, or
+ * else 1 where it is 0. */
+EXPORTED VECTORISED void surgery_trim(
+    int64_t count, int64_t models, const uint16_t *first, const uint16_t *const *others,
+    const float *bounds, const float *weights, int elect, int normalize, float divisor,
+    float least, float scale, uint16_t *out
+) {
+    float base[TILE], total[TILE], sign[TILE], counted[TILE], taus[MOST_MODELS][TILE];
+    for (int64_t at = 0; at < count; at += TILE) {
+        int64_t n = tile_at(at, count);
+        for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
+        for (int64_t m = 0; m < models; m++) {
+            const uint16_t *model = others[m] + at;
+            float low = bounds[2 * m], high = bounds[2 * m + 1], weight = weights[m];
+            float *tau = taus[m];
+            for (int64_t i = 0; i < n; i++) {
+                float value = widened(model[i]) - base[i], size = fabsf(value);
+                value = size < low ? 0 : value;
+                value -= size > high ? value : 0;
+                tau[i] = value * weight;
+            }
+        }
+        memcpy(total, taus[0], sizeof(float) * (size_t)n);
+        for (int64_t m = 1; m < models; m++)
+            for (int64_t i = 0; i < n; i++) total[i] += taus[m][i];
+        if (!elect) {
+            if (divisor != 1)
+                for (int64_t i = 0; i < n; i++) total[i] /= divisor;
+            finish(base, total, scale, out + at, n);
+            continue;
+        }
+        for (int64_t i = 0; i < n; i++) sign[i] = copysignf(1, total[i]);
+        for (int64_t m = 0; m < models; m++) {
+            float weight = weights[m];
+            const float *tau = taus[m];
+            for (int64_t i = 0; i < n; i++) {
+                float agreeing = tau[i] * sign[i];
+                agreeing = agreeing < 0 ? 0 : agreeing;
+                float share = agreeing > 0 ? weight : 0;
+                total[i] = m ? total[i] + agreeing : agreeing;
+                counted[i] = m ? counted[i] + share : share;
+            }
+        }
+        if (normalize && least > 0)
+            for (int64_t i = 0; i < n; i++)
+                total[i] /= counted[i] < least ? least : counted[i];
+        else if (normalize)
+            for (int64_t i = 0; i < n; i++) total[i] /= counted[i] == 0 ? 1 : counted[i];
+        for (int64_t i = 0; i < n; i++) total[i] *= sign[i];
+        finish(base, total, scale, out + at, n);
+    }
+}
+
+/* Of the magnitudes |model - base|: how many are below marks[0] (returned), how many are equal to
+ * each of the marks (added to equal), and those that lie between the first and the last and aren't
+ * equal to any, in order, at near, which has room for count of them; *found says how many. */
+EXPORTED VECTORISED int64_t surgery_window(
+    int64_t count, const uint16_t *base, const uint16_t *model, int64_t marks_count,
+    const float *marks, int64_t *equal, float *near, int64_t *found
+) {
+    float sizes[TILE], first = marks[0], last = marks[marks_count - 1];
+    uint8_t inside[TILE];
+    int64_t below = 0, used = 0;
+    for (int64_t at = 0; at < count; at += TILE) {
+        int64_t n = tile_at(at, count);
+        int32_t fewer = 0;
+        for (int64_t i = 0; i < n; i++)
+            sizes[i] = fabsf(widened(model[at + i]) - widened(base[at + i]));
+        for (int64_t i = 0; i < n; i++) {
+            fewer += sizes[i] < first;
+            inside[i] = (sizes[i] > first) & (sizes[i] < last);
+        }
+        below += fewer;
+        for (int64_t k = 0; k < marks_count; k++) {
+            float mark = marks[k];
+            int32_t same = 0;
+            for (int64_t i = 0; i < n; i++) {
+                same += sizes[i] == mark;
+                inside[i] &= sizes[i] != mark;
+            }
+            equal[k] += same;
+        }
+        int64_t i = 0;
+        for (; i + 8 <= n; i += 8) { /* few are inside: eight are passed over at a time */
+            uint64_t any;
+            memcpy(&any, inside + i, 8);
+            for (int64_t j = i; any && j < i + 8; j++)
+                if (inside[j]) near[used++] = sizes[j];
+        }
+        for (; i < n; i++)
+            if (inside[i]) near[used++] = sizes[i];
+    }
+    *found = used;
+    return below;
+}

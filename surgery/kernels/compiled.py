@@ -1,0 +1,135 @@
+"""The kernels of compiled.c, built where a compiler was at hand when Surgery was installed.
+
+They do in one pass over bfloat16 what the kernels of merging.py and selection.py do in many, and
+give the same bits. Where they weren't built those do it, in two to three times the time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.machinery import EXTENSION_SUFFIXES
+from pathlib import Path
+
+import numpy
+
+from surgery.on_demand import torch
+
+MOST_MODELS = 16
+"""As in compiled.c."""
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL | None:
+    """The library, or None where it wasn't built."""
+    built = [Path(__file__).with_name(f"_compiled{suffix}") for suffix in EXTENSION_SUFFIXES]
+    found = next((path for path in built if path.is_file()), None)
+    if found is None:
+        return None
+    loaded = ctypes.CDLL(str(found))
+    count, number, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+    addresses, numbers = ctypes.POINTER(address), ctypes.POINTER(number)
+    loaded.surgery_combine.restype = None
+    loaded.surgery_combine.argtypes = [
+        count, count, address, addresses, number, numbers, number, address
+    ]  # fmt: skip
+    loaded.surgery_trim.restype = None
+    loaded.surgery_trim.argtypes = [
+        count, count, address, addresses, numbers, numbers, ctypes.c_int, ctypes.c_int, number,
+        number, number, address,
+    ]  # fmt: skip
+    loaded.surgery_window.restype = count
+    loaded.surgery_window.argtypes = [
+        count, address, address, count, numbers, ctypes.POINTER(count), address,
+        ctypes.POINTER(count),
+    ]  # fmt: skip
+    return loaded
+
+
+def takes(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether there are kernels for these: of one shape, in bfloat16, one after the other in
+    memory."""
+    return (
+        len(tensors) <= 1 + MOST_MODELS
+        and all(
+            tensor.dtype == torch.bfloat16
+            and tensor.is_contiguous()
+            and tensor.shape == tensors[0].shape
+            for tensor in tensors
+        )
+        and library() is not None
+    )
+
+
+def combine(
+    first: torch.Tensor,
+    others: Sequence[torch.Tensor],
+    start: float,
+    steps: Sequence[float],
+    scale: float,
+) -> torch.Tensor:
+    """first + scale * (start * first + the sum of steps[i] * (others[i] - first)), in float32,
+    rounded to bfloat16."""
+    made = torch.empty_like(first)
+    _loaded().surgery_combine(
+        first.numel(), len(others), first.data_ptr(), _addresses(others), start, _numbers(steps),
+        scale, made.data_ptr(),
+    )  # fmt: skip
+    return made
+
+
+def trim(
+    first: torch.Tensor,
+    others: Sequence[torch.Tensor],
+    bounds: Sequence[tuple[float, float]],
+    weights: Sequence[float],
+    *,
+    elect: bool,
+    normalize: bool,
+    divisor: float,
+    least: float,
+    scale: float,
+) -> torch.Tensor:
+    """first + scale * the differences from it, of which those of a magnitude between their bounds
+    stay, fused as `fuse` of merging.py does; in float32, rounded to bfloat16.
+
+    Without `elect` the sum is divided by `divisor`. With `elect` and `normalize` it is divided by
+    the weights that counted: at least by `least`, or, if that is 0, by 1 where they are 0.
+    """
+    made = torch.empty_like(first)
+    _loaded().surgery_trim(
+        first.numel(), len(others), first.data_ptr(), _addresses(others),
+        _numbers([bound for pair in bounds for bound in pair]), _numbers(weights), elect,
+        normalize, divisor, least, scale, made.data_ptr(),
+    )  # fmt: skip
+    return made
+
+
+def window(
+    base: torch.Tensor, model: torch.Tensor, marks: numpy.ndarray
+) -> tuple[int, list[int], numpy.ndarray]:
+    """Of the magnitudes of model - base, in float32: how many are below the first of the ascending
+    `marks`, how many equal each, and those between the first and the last that equal none."""
+    equal = (ctypes.c_int64 * len(marks))()
+    found = ctypes.c_int64()
+    near = numpy.empty(base.numel(), dtype=numpy.float32)
+    below = _loaded().surgery_window(
+        base.numel(), base.data_ptr(), model.data_ptr(), len(marks), _numbers(marks.tolist()),
+        equal, near.ctypes.data, ctypes.byref(found),
+    )  # fmt: skip
+    return below, list(equal), near[: found.value].copy()
+
+
+def _loaded() -> ctypes.CDLL:
+    loaded = library()
+    assert loaded is not None
+    return loaded
+
+
+def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def _numbers(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:
+    return (ctypes.c_float * len(values))(*values)

@@ -1,0 +1,200 @@
+"""The compiled kernels give the bits of those of torch and numpy, whatever the numbers."""
+
+from __future__ import annotations
+
+import shutil
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import pytest
+import torch
+from conftest import save_raw
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from surgery import merge, open_checkpoint, write
+from surgery.dtypes import DTYPES
+from surgery.kernels import compiled
+from surgery.kernels.merging import Combination, Rounding, combine, trim
+from surgery.kernels.selection import Window
+
+built = pytest.mark.skipif(compiled.library() is None, reason="there was no compiler to build it")
+INFINITE = float("inf")
+PLAIN = Rounding(DTYPES["F32"], DTYPES["BF16"])
+SIZES = st.sampled_from([0, 1, 7, 8, 33, 1023, 1024, 1025, 2500])  # beside a tile, and vectors
+NUMBERS = st.sampled_from([1.0, 0.5, -0.3, 0.0, 2.0, 1 / 3, -1.0])
+
+
+@pytest.mark.skipif(
+    shutil.which("cc") is None or not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="there is no compiler, or nothing to compile against",
+)
+def test_it_was_built_where_there_is_a_compiler() -> None:
+    assert compiled.library() is not None
+
+
+def inputs(seed: int, size: int, models: int) -> list[torch.Tensor]:
+    """A base and models that differ little, with zeros of both signs, equal entries, tiny ones and
+    huge ones."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(size, generator=generator).mul(0.02).bfloat16()
+    made = [base]
+    for _ in range(models):
+        step = torch.randn(size, generator=generator).mul(0.002)
+        made.append((base.float() + step).bfloat16())
+    odd = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 3e38, -3e38, 1.0, 2**-133]).bfloat16()
+    for tensor in made:
+        where = torch.rand(size, generator=generator) < 0.2
+        chosen = torch.randint(len(odd), (size,), generator=generator)
+        tensor[where] = odd[chosen][where]
+    return made
+
+
+def both(
+    monkeypatch: pytest.MonkeyPatch, kernel: Callable[[], torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the compiled kernel makes, and what torch makes."""
+    quick = kernel()
+    with monkeypatch.context() as patch:
+        patch.setattr(compiled, "takes", lambda _: False)
+        return quick, kernel()
+
+
+def same_bits(one: torch.Tensor, other: torch.Tensor) -> None:
+    """NaN is NaN: torch gives those in the middle of a tensor other bits than those at its end."""
+    assert one.dtype == other.dtype == torch.bfloat16
+    assert one.shape == other.shape
+    known = ~one.isnan()
+    assert torch.equal(known, ~other.isnan())
+    assert torch.equal(one[known].view(torch.int16), other[known].view(torch.int16))
+
+
+@built
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 1000),
+    SIZES,
+    st.lists(NUMBERS, max_size=4),
+    st.sampled_from([1.0, 0.0, 0.4, 1.7]),
+    st.sampled_from([1.0, 0.7, -1.0]),
+)
+def test_combine(seed: int, size: int, steps: list[float], start: float, scale: float) -> None:
+    tensors = inputs(seed, size, len(steps))
+    rounding = Rounding(DTYPES["F32"], DTYPES["BF16"], scale)
+    combination = Combination(start, tuple(steps))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        same_bits(
+            *both(
+                monkeypatch, lambda: combine(*tensors, rounding=rounding, combination=combination)
+            )
+        )
+
+
+BOUNDS = st.sampled_from(
+    [None, (0.001, INFINITE), (0.0, 0.002), (0.0005, 0.003), (INFINITE, 0.0), (2**-149, INFINITE)]
+)
+
+
+@built
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 1000),
+    SIZES,
+    st.lists(st.tuples(NUMBERS, BOUNDS), min_size=1, max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1.0, 0.7, -1.0]),
+)
+@example(1, 2500, [(1.0, (0.001, INFINITE)), (-1.0, None)], True, True, 1.0)  # weights of 0 in all
+@example(1, 2500, [(0.0, None), (0.0, None)], True, True, 1.0)
+def test_trim(
+    seed: int,
+    size: int,
+    models: list[tuple[float, tuple[float, float] | None]],
+    elect: bool,
+    normalize: bool,
+    scale: float,
+) -> None:
+    tensors = inputs(seed, size, len(models))
+    rounding = Rounding(DTYPES["F32"], DTYPES["BF16"], scale)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        same_bits(
+            *both(
+                monkeypatch,
+                lambda: trim(
+                    *tensors,
+                    weights=[weight for weight, _ in models],
+                    elect=elect,
+                    normalize=normalize,
+                    rounding=rounding,
+                    measured=[bounds for _, bounds in models],
+                ),
+            )
+        )
+
+
+@built
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 1000), SIZES, st.floats(0, 1))
+def test_window(seed: int, size: int, part: float) -> None:
+    base, model = inputs(seed, size, 1)
+    sizes = model.float().sub(base.float()).abs()
+    ascending = numpy.sort(sizes.numpy())
+    rank = int(part * (size - 1)) if size else 0
+    sample = ascending[:: max(1, size // 50)] if size else numpy.zeros(1, numpy.float32)
+    quick, slow = Window(rank, max(1, size), sample), Window(rank, max(1, size), sample)
+    quick.count_between(base, model)
+    slow.count(sizes)
+    assert quick._below == slow._below
+    assert quick._equal == slow._equal
+    assert numpy.array_equal(numpy.concatenate(quick._near), numpy.concatenate(slow._near))
+    if size and quick.found is not None:
+        assert quick.found == float(ascending[rank])
+
+
+@built
+def test_what_it_does_not_take() -> None:
+    base = torch.zeros(4, 6, dtype=torch.bfloat16)
+    assert compiled.takes([base, base])
+    assert not compiled.takes([base, base.float()])
+    assert not compiled.takes([base, base[:, ::2]])
+    assert not compiled.takes([base.t(), base.t()])
+    assert not compiled.takes([base, base[:2]])
+    assert not compiled.takes([base] * (compiled.MOST_MODELS + 2))
+    assert not Rounding(DTYPES["F32"], DTYPES["F32"]).plain
+    assert not Rounding(DTYPES["F32"], DTYPES["BF16"], bare=True).plain
+
+
+GIVEN: dict[str, dict[str, object]] = {
+    "ties": {"density": 0.3},
+    "breadcrumbs": {"density": 0.4, "gamma": 0.05},
+    "breadcrumbs_ties": {"density": 0.4, "gamma": 0.05},
+    "linear": {"weight": 0.4},
+    "task_arithmetic": {"weight": 0.7},
+    "slerp": {"t": 0.3},
+}
+
+
+@built
+@pytest.mark.parametrize("method", GIVEN)
+def test_files_are_the_same_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Of tensors of many tiles, with whatever measures them first."""
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(300, 701, generator=generator).mul(0.02)
+    folders = []
+    for at in range(3):
+        tuned = start + at * torch.randn(start.shape, generator=generator).mul(0.001)
+        folders.append(tmp_path / f"model{at}")
+        save_raw(folders[-1], {"w": tuned.bfloat16()}, config={"model_type": "toy"})
+    base, *others = map(open_checkpoint, folders)
+    models = others[:1] if method == "slerp" else others
+    made = []
+    for name in ("quick", "slow"):
+        write(merge(models, base=base, method=method, **GIVEN[method]), tmp_path / name)
+        made.append((tmp_path / name / "model.safetensors").read_bytes())
+        monkeypatch.setattr(compiled, "takes", lambda _: False)
+    assert made[0] == made[1]
