@@ -16,11 +16,6 @@
 #else
 #define VECTORISED
 #endif
-#ifdef _WIN32
-#define EXPORTED __declspec(dllexport)
-#else
-#define EXPORTED __attribute__((visibility("default")))
-#endif
 
 #define TILE 1024
 #define MOST_MODELS 16
@@ -52,7 +47,7 @@ static inline void finish(const float *base, float *update, float scale, uint16_
 }
 
 /* start * first + the sum of steps[i] * (others[i] - first), scaled and added to the first. */
-EXPORTED VECTORISED void surgery_combine(
+VECTORISED void surgery_combine(
     int64_t count, int64_t models, const uint16_t *first, const uint16_t *const *others,
     float start, const float *steps, float scale, uint16_t *out
 ) {
@@ -84,7 +79,7 @@ EXPORTED VECTORISED void surgery_combine(
  * bounds: (low, high) of each model. divisor: what a plain sum is divided by, 1 if by nothing;
  * with elect and normalize, the sum of the weights that count: at least `least` if that isn't 0, or
  * else 1 where it is 0. */
-EXPORTED VECTORISED void surgery_trim(
+VECTORISED void surgery_trim(
     int64_t count, int64_t models, const uint16_t *first, const uint16_t *const *others,
     const float *bounds, const float *weights, int elect, int normalize, float divisor,
     float least, float scale, uint16_t *out
@@ -138,7 +133,7 @@ EXPORTED VECTORISED void surgery_trim(
 /* Of the magnitudes |model - base|: how many are below marks[0] (returned), how many are equal to
  * each of the marks (added to equal), and those that lie between the first and the last and aren't
  * equal to any, in order, at near, which has room for count of them; *found says how many. */
-EXPORTED VECTORISED int64_t surgery_window(
+VECTORISED int64_t surgery_window(
     int64_t count, const uint16_t *base, const uint16_t *model, int64_t marks_count,
     const float *marks, int64_t *equal, float *near, int64_t *found
 ) {
