@@ -1,7 +1,7 @@
 """The kernels of compiled.c, built where a compiler was at hand when Surgery was installed.
 
 They do in one pass over bfloat16 what the kernels of merging.py and selection.py do in many, and
-give the same bits. Where they weren't built those do it, in two to three times the time.
+give the same bits. Where they weren't built those do it, in up to three times the time.
 """
 
 from __future__ import annotations
