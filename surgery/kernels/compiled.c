@@ -11,13 +11,15 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__) && !defined(__clang__)
+#if !(defined(__x86_64__) && defined(__gnu_linux__) && defined(__GNUC__)) || defined(__clang__)
+#define VECTORISED
+#elif __GNUC__ < 12 /* knows no levels of the architecture here */
 #define VECTORISED __attribute__((target_clones("avx2", "default")))
 #else
-#define VECTORISED
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v4", "avx2", "default")))
 #endif
 
-#define TILE 1024
+#define TILE 512
 #define MOST_MODELS 16
 
 static inline float widened(uint16_t bits) {
@@ -37,13 +39,6 @@ static inline uint16_t rounded(float value) {
 
 static inline int64_t tile_at(int64_t at, int64_t count) {
     return count - at < TILE ? count - at : TILE;
-}
-
-/* out = base + scale * update */
-static inline void finish(const float *base, float *update, float scale, uint16_t *out, int64_t n) {
-    if (scale != 1)
-        for (int64_t i = 0; i < n; i++) update[i] *= scale;
-    for (int64_t i = 0; i < n; i++) out[i] = rounded(update[i] + base[i]);
 }
 
 /* start * first + the sum of steps[i] * (others[i] - first), scaled and added to the first. */
@@ -70,7 +65,7 @@ VECTORISED void surgery_combine(
             float step = steps[from];
             for (int64_t i = 0; i < n; i++) total[i] += (widened(model[i]) - base[i]) * step;
         }
-        finish(base, total, scale, out + at, n);
+        for (int64_t i = 0; i < n; i++) out[at + i] = rounded(total[i] * scale + base[i]);
     }
 }
 
@@ -84,7 +79,7 @@ VECTORISED void surgery_trim(
     const float *bounds, const float *weights, int elect, int normalize, float divisor,
     float least, float scale, uint16_t *out
 ) {
-    float base[TILE], total[TILE], sign[TILE], counted[TILE], taus[MOST_MODELS][TILE];
+    float base[TILE], total[TILE], fused[TILE], counted[TILE], taus[MOST_MODELS][TILE];
     for (int64_t at = 0; at < count; at += TILE) {
         int64_t n = tile_at(at, count);
         for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
@@ -97,78 +92,77 @@ VECTORISED void surgery_trim(
                 value = size < low ? 0 : value;
                 value -= size > high ? value : 0;
                 tau[i] = value * weight;
+                total[i] = m ? total[i] + tau[i] : tau[i];
             }
         }
-        memcpy(total, taus[0], sizeof(float) * (size_t)n);
-        for (int64_t m = 1; m < models; m++)
-            for (int64_t i = 0; i < n; i++) total[i] += taus[m][i];
         if (!elect) {
-            if (divisor != 1)
-                for (int64_t i = 0; i < n; i++) total[i] /= divisor;
-            finish(base, total, scale, out + at, n);
+            for (int64_t i = 0; i < n; i++)
+                out[at + i] = rounded(total[i] / divisor * scale + base[i]);
             continue;
         }
-        for (int64_t i = 0; i < n; i++) sign[i] = copysignf(1, total[i]);
         for (int64_t m = 0; m < models; m++) {
-            float weight = weights[m];
             const float *tau = taus[m];
+            float weight = weights[m];
             for (int64_t i = 0; i < n; i++) {
-                float agreeing = tau[i] * sign[i];
+                float agreeing = tau[i] * copysignf(1, total[i]);
                 agreeing = agreeing < 0 ? 0 : agreeing;
                 float share = agreeing > 0 ? weight : 0;
-                total[i] = m ? total[i] + agreeing : agreeing;
+                fused[i] = m ? fused[i] + agreeing : agreeing;
                 counted[i] = m ? counted[i] + share : share;
             }
         }
         if (normalize && least > 0)
-            for (int64_t i = 0; i < n; i++)
-                total[i] /= counted[i] < least ? least : counted[i];
+            for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] < least ? least : counted[i];
         else if (normalize)
-            for (int64_t i = 0; i < n; i++) total[i] /= counted[i] == 0 ? 1 : counted[i];
-        for (int64_t i = 0; i < n; i++) total[i] *= sign[i];
-        finish(base, total, scale, out + at, n);
+            for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] == 0 ? 1 : counted[i];
+        for (int64_t i = 0; i < n; i++)
+            out[at + i] = rounded(fused[i] * copysignf(1, total[i]) * scale + base[i]);
     }
 }
 
-/* Of the magnitudes |model - base|: how many are below marks[0] (returned), how many are equal to
- * each of the marks (added to equal), and those that lie between the first and the last and aren't
- * equal to any, in order, at near, which has room for count of them; *found says how many. */
+/* Of the magnitudes |model - base|: how many are below the first mark (returned), how many are equal
+ * to each of the three marks, which ascend (NaN is equal to none), and those that lie between the
+ * first and the last and aren't the middle one, in order, at near, which has room for count of
+ * them; *found says how many. *finite: whether all magnitudes are. */
 VECTORISED int64_t surgery_window(
-    int64_t count, const uint16_t *base, const uint16_t *model, int64_t marks_count,
-    const float *marks, int64_t *equal, float *near, int64_t *found
+    int64_t count, const uint16_t *base, const uint16_t *model, const float *marks,
+    int64_t *equal, float *near, int64_t *found, int *finite
 ) {
-    float sizes[TILE], first = marks[0], last = marks[marks_count - 1];
+    float sizes[TILE], first = marks[0], middle = marks[1], last = marks[2];
+    int32_t wide[TILE], largest = 0;
     uint8_t inside[TILE];
     int64_t below = 0, used = 0;
+    equal[0] = equal[1] = equal[2] = 0;
     for (int64_t at = 0; at < count; at += TILE) {
         int64_t n = tile_at(at, count);
-        int32_t fewer = 0;
-        for (int64_t i = 0; i < n; i++)
-            sizes[i] = fabsf(widened(model[at + i]) - widened(base[at + i]));
+        int32_t fewer = 0, firsts = 0, middles = 0, lasts = 0;
         for (int64_t i = 0; i < n; i++) {
-            fewer += sizes[i] < first;
-            inside[i] = (sizes[i] > first) & (sizes[i] < last);
+            float size = fabsf(widened(model[at + i]) - widened(base[at + i]));
+            int32_t bits; /* in the order of the magnitudes, NaN above infinity */
+            memcpy(&bits, &size, 4);
+            largest = bits > largest ? bits : largest;
+            fewer += size < first;
+            firsts += size == first;
+            middles += size == middle;
+            lasts += size == last;
+            wide[i] = (size > first) & (size < last) & (size != middle);
+            sizes[i] = size;
         }
         below += fewer;
-        for (int64_t k = 0; k < marks_count; k++) {
-            float mark = marks[k];
-            int32_t same = 0;
-            for (int64_t i = 0; i < n; i++) {
-                same += sizes[i] == mark;
-                inside[i] &= sizes[i] != mark;
-            }
-            equal[k] += same;
-        }
+        equal[0] += firsts;
+        equal[1] += middles;
+        equal[2] += lasts;
+        for (int64_t i = 0; i < n; i++) inside[i] = (uint8_t)wide[i];
         int64_t i = 0;
         for (; i + 8 <= n; i += 8) { /* few are inside: eight are passed over at a time */
             uint64_t any;
-            memcpy(&any, inside + i, 8);
-            for (int64_t j = i; any && j < i + 8; j++)
-                if (inside[j]) near[used++] = sizes[j];
+            memcpy(&any, inside + i, 8); /* the first is in the lowest byte */
+            for (; any; any &= any - 1) near[used++] = sizes[i + __builtin_ctzll(any) / 8];
         }
         for (; i < n; i++)
             if (inside[i]) near[used++] = sizes[i];
     }
     *found = used;
+    *finite = largest < 0x7F800000;
     return below;
 }

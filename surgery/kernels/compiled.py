@@ -10,7 +10,9 @@ import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
+from math import nan
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 
@@ -41,8 +43,8 @@ def library() -> ctypes.CDLL | None:
     ]  # fmt: skip
     loaded.surgery_window.restype = count
     loaded.surgery_window.argtypes = [
-        count, address, address, count, numbers, ctypes.POINTER(count), address,
-        ctypes.POINTER(count),
+        count, address, address, numbers, ctypes.POINTER(count), address, ctypes.POINTER(count),
+        ctypes.POINTER(ctypes.c_int),
     ]  # fmt: skip
     return loaded
 
@@ -106,19 +108,33 @@ def trim(
     return made
 
 
-def window(
-    base: torch.Tensor, model: torch.Tensor, marks: numpy.ndarray
-) -> tuple[int, list[int], numpy.ndarray]:
-    """Of the magnitudes of model - base, in float32: how many are below the first of the ascending
-    `marks`, how many equal each, and those between the first and the last that equal none."""
-    equal = (ctypes.c_int64 * len(marks))()
-    found = ctypes.c_int64()
+class Counted(NamedTuple):
+    """What `window` found."""
+
+    below: int
+    equal: list[int]
+    near: numpy.ndarray
+    finite: bool
+
+
+def window(base: torch.Tensor, model: torch.Tensor, marks: Sequence[float]) -> Counted:
+    """Of the magnitudes of model - base, in float32: how many are below the first of the up to
+    three `marks`, which ascend, how many equal each, those between the first and the last that
+    equal none, and whether all of them are finite."""
+    places = {1: (0,), 2: (0, 2), 3: (0, 1, 2)}[len(marks)]
+    given = [nan] * 3
+    for place, mark in zip(places, marks, strict=True):
+        given[place] = mark
+    equal = (ctypes.c_int64 * 3)()
+    found, finite = ctypes.c_int64(), ctypes.c_int()
     near = numpy.empty(base.numel(), dtype=numpy.float32)
     below = _loaded().surgery_window(
-        base.numel(), base.data_ptr(), model.data_ptr(), len(marks), _numbers(marks.tolist()),
-        equal, near.ctypes.data, ctypes.byref(found),
+        base.numel(), base.data_ptr(), model.data_ptr(), _numbers(given), equal, near.ctypes.data,
+        ctypes.byref(found), ctypes.byref(finite),
     )  # fmt: skip
-    return below, list(equal), near[: found.value].copy()
+    return Counted(
+        below, [equal[place] for place in places], near[: found.value].copy(), bool(finite.value)
+    )
 
 
 def _loaded() -> ctypes.CDLL:

@@ -52,12 +52,14 @@ class Window:
         """Whether there were more numbers near than a window should hold: it won't find any."""
         return self._room < 0
 
-    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> None:
-        """Take |model - base| in float32 into account, of tensors that `compiled` takes."""
+    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> bool:
+        """Take |model - base| in float32 into account, of tensors that `compiled` takes. Returns
+        whether they were seen to be finite."""
         if self.full:
-            return
-        below, equal, near = compiled.window(base, model, self._marks)
-        self._take(below, equal, near)
+            return False
+        seen = compiled.window(base, model, self._marks.tolist())
+        self._take(seen.below, seen.equal, seen.near)
+        return seen.finite
 
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""
@@ -123,9 +125,10 @@ class Search:
     def done(self) -> bool:
         return self._level == self._levels or not self._targets
 
-    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> None:
-        """Take |model - base| in float32 into account."""
+    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> bool:
+        """Take |model - base| in float32 into account, as a `Window` does."""
         self.count(model.float().sub_(base.float()).abs_())
+        return False
 
     def count(self, values: torch.Tensor) -> None:
         """Take a part of the stream into account."""

@@ -47,15 +47,27 @@ def unchecked(tensor: LazyTensor) -> LazyTensor:
     return tensor.inputs[0] if _check_of(tensor) is not None else tensor
 
 
+def names_of(inputs: Inputs) -> tuple[str | None, ...]:
+    """What each is called if reading it fails where it isn't finite; None if it doesn't."""
+    checks = map(_check_of, inputs)
+    return tuple(None if check is None else check.keywords["where"] for check in checks)
+
+
+def require_finite(rows: Sequence[torch.Tensor], names: Sequence[str | None]) -> None:
+    """Raise FormatError if some rows with a name aren't finite."""
+    for part, name in zip(rows, names, strict=True):
+        if name is not None:
+            _require_finite(part, where=name)
+
+
 def checked_after(
     inputs: Inputs, kernel: Kernel, tally: Tally = None
 ) -> tuple[Inputs, Kernel, Tally]:
     """Inputs that are looked at only where the rows made of them aren't finite: one look in the
     place of one at every input. For kernels in which whatever isn't finite shows in the result."""
-    checks = tuple(map(_check_of, inputs))
-    if not any(checks):
+    names = names_of(inputs)
+    if not any(names):
         return inputs, kernel, tally
-    names = tuple(None if check is None else check.keywords["where"] for check in checks)
     return tuple(map(unchecked, inputs)), *looking_after(names, kernel, tally)
 
 
@@ -89,7 +101,7 @@ def _look_after(
 ) -> torch.Tensor:
     made = kernel(*rows, **options)
     if not _is_finite(made):  # or they were all finite, and the result is too large for its type
-        _require_all(rows, names)
+        require_finite(rows, names)
     return made
 
 
@@ -100,14 +112,8 @@ def _tally_after(
 ) -> tuple[torch.Tensor, float]:
     made, number = tally(*rows)
     if not _is_finite(made):
-        _require_all(rows, names)
+        require_finite(rows, names)
     return made, number
-
-
-def _require_all(rows: Sequence[torch.Tensor], names: Sequence[str | None]) -> None:
-    for part, name in zip(rows, names, strict=True):
-        if name is not None:
-            _require_finite(part, where=name)
 
 
 def _measure_checked(

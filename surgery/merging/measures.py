@@ -18,7 +18,7 @@ from surgery.kernels import compiled, elementwise, fusion
 from surgery.kernels.merging import Combination, updates
 from surgery.kernels.selection import Search, Window
 from surgery.measure import BLOCK_ELEMENTS
-from surgery.merging.finite import Inputs, unchecked
+from surgery.merging.finite import Inputs, names_of, require_finite, unchecked
 from surgery.on_demand import torch
 
 Bounds = tuple[float, float]
@@ -131,12 +131,17 @@ def _count_magnitudes(
     models = sorted({at for at, _ in counters})
     if not models:
         return
-    for base, *tuned in blocks((inputs[0], *(inputs[1 + at] for at in models))):
-        if compute is DTYPES["F32"] and compiled.takes((base, *tuned)):
+    used = (inputs[0], *(inputs[1 + at] for at in models))
+    names = names_of(used)
+    for rows in blocks(tuple(map(unchecked, used))):
+        base, *tuned = rows
+        if compute is DTYPES["F32"] and compiled.takes(rows):
             parts = dict(zip(models, tuned, strict=True))
-            for (at, _), counter in counters.items():
-                counter.count_between(base, parts[at])
+            seen = [counter.count_between(base, parts[at]) for (at, _), counter in counters.items()]
+            if not all(seen):
+                require_finite(rows, names)
             continue
+        require_finite(rows, names)
         _, taus = updates(base, tuned, compute)
         sizes = dict(zip(models, taus, strict=True))
         for tau in taus:
