@@ -42,10 +42,11 @@ from surgery import (
     verify,
     write,
 )
+from surgery.kernels.bits import same_bits
 from surgery.tensor import LazyTensor
 from surgery.values import held
 from surgery.verification import compare_logits
-from surgery.verification.checks import DownColumns, same_bits, two_sum
+from surgery.verification.checks import DownColumns, two_sum
 from surgery.verification.columns import columns_of
 from surgery.verification.discover import discover_growths
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from surgery.kernels.bits import same_bits
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -214,17 +215,6 @@ def two_sum(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     total = a + b
     second = total - a
     return total, (a - (total - second)) + (b - second)
-
-
-def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors agree in every bit: NaN equals itself, and -0 isn't 0."""
-    import torch
-
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    size = a.element_size()
-    as_int = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size]
-    return torch.equal(a.contiguous().view(as_int), b.contiguous().view(as_int))
 
 
 def _stretches(sources: numpy.ndarray, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
