@@ -174,6 +174,21 @@ def test_window(seed: int, size: int, part: float) -> None:
 
 
 @built
+@settings(deadline=None, max_examples=200)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([1, 7, 33, 512, 2500]),
+    st.sampled_from([None, float("nan"), -float("nan"), INFINITE, -INFINITE, 3.38e38]),
+    st.floats(0, 1),
+)
+def test_finite(seed: int, size: int, odd: float | None, where: float) -> None:
+    (values,) = inputs(seed, size, 0)
+    if odd is not None:
+        values[int(where * (size - 1))] = odd
+    assert compiled.finite(values) == bool(values.isfinite().all())
+
+
+@built
 def test_what_it_does_not_take() -> None:
     base = torch.zeros(4, 6, dtype=torch.bfloat16)
     assert compiled.takes([base, base])

@@ -1,5 +1,6 @@
 /* Merges of bfloat16 in one pass: what combine and trim of merging.py and Window of selection.py do
- * with some twenty-five operations of torch and numpy, each of which goes through memory.
+ * with some twenty-five operations of torch and numpy, each of which goes through memory, and hands
+ * the interpreter to another thread.
  *
  * The same operations in the same order on every entry, so the same bits; nothing may be contracted
  * or reassociated (-ffp-contract=off, no -ffast-math). Entries are taken TILE at a time, which stay
@@ -165,4 +166,14 @@ VECTORISED int64_t surgery_window(
     *found = used;
     *finite = largest < 0x7F800000;
     return below;
+}
+
+/* Whether every value is finite. */
+VECTORISED int surgery_finite(int64_t count, const uint16_t *values) {
+    uint16_t largest = 0;
+    for (int64_t i = 0; i < count; i++) {
+        uint16_t size = values[i] & 0x7FFF; /* in the order of the magnitudes, NaN above infinity */
+        largest = size > largest ? size : largest;
+    }
+    return largest < 0x7F80;
 }

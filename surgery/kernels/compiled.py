@@ -46,6 +46,8 @@ def library() -> ctypes.CDLL | None:
         count, address, address, numbers, ctypes.POINTER(count), address, ctypes.POINTER(count),
         ctypes.POINTER(ctypes.c_int),
     ]  # fmt: skip
+    loaded.surgery_finite.restype = ctypes.c_int
+    loaded.surgery_finite.argtypes = [count, address]
     return loaded
 
 
@@ -135,6 +137,11 @@ def window(base: torch.Tensor, model: torch.Tensor, marks: Sequence[float]) -> C
     return Counted(
         below, [equal[place] for place in places], near[: found.value].copy(), bool(finite.value)
     )
+
+
+def finite(values: torch.Tensor) -> bool:
+    """Whether every value is."""
+    return bool(_loaded().surgery_finite(values.numel(), values.data_ptr()))
 
 
 def _loaded() -> ctypes.CDLL:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError
+from surgery.kernels import compiled
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -137,5 +138,7 @@ def _require_finite(rows: torch.Tensor, *, where: str) -> torch.Tensor:
 def _is_finite(rows: torch.Tensor) -> bool:
     if not rows.numel():
         return True
+    if compiled.takes((rows,)):
+        return compiled.finite(rows)
     low, high = rows.aminmax()  # NaN if there is one; many times faster than isfinite
     return float(low) > float("-inf") and float(high) < float("inf")
