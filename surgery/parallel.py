@@ -35,14 +35,19 @@ def default_threads() -> int:
     return max(1, min(8, os.cpu_count() or 1))
 
 
-def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | None) -> None:
+def run_all(
+    jobs: Iterator[Job],
+    work: Callable[[Job], object],
+    threads: int | None,
+    *,
+    with_torch: bool = True,
+) -> None:
     """Call `work` on every job. The first exception stops all threads and is raised here.
 
-    torch runs on one thread in each of ours meanwhile: two pools would only get in each other's
-    way. The caller's own thread takes part in no work, so that an interrupt reaches it at once.
+    torch, if the jobs are `with_torch`, runs on one thread in each of ours meanwhile: two pools
+    would only get in each other's way. The caller's own thread takes part in no work, so that an
+    interrupt reaches it at once.
     """
-    import torch
-
     if threads is not None and threads < 1:
         raise ArgumentError(f"threads is {threads}, and has to be at least 1")
     lock = threading.Lock()
@@ -50,8 +55,9 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
     failures: list[BaseException] = []
 
     def worker() -> None:
-        torch.set_num_threads(1)
         try:
+            if with_torch:
+                _torch_threads(1)
             while not stop.is_set():
                 with lock:
                     job = next(jobs, None)
@@ -63,7 +69,7 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
             stop.set()
 
     keep_freed_memory()
-    before = torch.get_num_threads()
+    before = _torch_threads() if with_torch else None
     pool = [threading.Thread(target=worker) for _ in range(threads or default_threads())]
     try:
         for thread in pool:
@@ -75,9 +81,19 @@ def run_all(jobs: Iterator[Job], work: Callable[[Job], object], threads: int | N
         for thread in pool:
             if thread.ident is not None:
                 thread.join()
-        torch.set_num_threads(before)
+        if before is not None:
+            _torch_threads(before)
     if failures:
         raise failures[0]
+
+
+def _torch_threads(count: int | None = None) -> int:
+    """On how many threads torch runs here; `count` from now on, if it is given."""
+    import torch
+
+    if count is not None:
+        torch.set_num_threads(count)
+    return torch.get_num_threads()
 
 
 @cache

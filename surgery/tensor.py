@@ -22,6 +22,7 @@ from surgery.errors import UnsupportedError
 from surgery.files import PAGE, InputFile, as_bytes
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 Runs = tuple[tuple[int, int, int], ...]
@@ -52,21 +53,36 @@ class FileSpan:
         """Rows `start` to `stop` of `tensor`, whose bytes these are."""
         import torch
 
+        row = self._row_bytes(tensor)
+        out = torch.empty(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
+        self._fill(as_bytes(out), tensor, start * row)
+        return out
+
+    def read_bytes(self, tensor: LazyTensor, start: int, stop: int) -> numpy.ndarray:
+        """The same as bytes, without torch."""
+        import numpy
+
+        row = self._row_bytes(tensor)
+        out = numpy.empty((stop - start) * row, dtype=numpy.uint8)
+        self._fill(out.data, tensor, start * row)
+        return out
+
+    def _row_bytes(self, tensor: LazyTensor) -> int:
         row_bits = tensor.width * tensor.dtype.bits
         if row_bits % 8:
             raise UnsupportedError(
                 f"{self.file.path}: a row of {tensor.width} {tensor.dtype} values isn't whole "
                 f"bytes, so the tensor can only be copied"
             )
-        out = torch.empty(tensor.shape_of(stop - start), dtype=tensor.dtype.torch)
-        if out.numel():
-            data, offset = as_bytes(out), self.offset + start * row_bits // 8
-            self.file.read_into(data, offset)
-            if len(data) >= PAGE:
-                from surgery.pages import require_filled
+        return row_bits // 8
 
-                require_filled(data, offset, self, tensor)
-        return out
+    def _fill(self, data: memoryview, tensor: LazyTensor, at: int) -> None:
+        if data.nbytes:
+            self.file.read_into(data, self.offset + at)
+        if data.nbytes >= PAGE:
+            from surgery.pages import require_filled
+
+            require_filled(data, self.offset + at, self, tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,6 +106,10 @@ class LazyTensor:
     these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
     statistic which only reports needs no pass of its own.
 
+    `direct` goes with a kernel whose inputs lie in files: it makes the bytes of the rows that the
+    kernel makes of those of its inputs without torch, which takes longer to import than many a
+    model takes to merge; or None, and the kernel has to, which can also say what is wrong.
+
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.
     """
@@ -103,6 +123,7 @@ class LazyTensor:
     rowwise: bool = True
     tally: Callable[..., tuple[torch.Tensor, float]] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
+    direct: Callable[..., numpy.ndarray | None] | None = None
     exact: LazyTensor | None = None
 
     def __post_init__(self) -> None:
@@ -155,6 +176,18 @@ class LazyTensor:
             return self.compute(self.read_inputs(start, stop))
         whole = self.kernel(*(tensor.whole() for tensor in self.inputs))
         return whole.reshape(self.shape_of(self.rows))[start:stop]
+
+    def read_bytes(self, start: int, stop: int) -> memoryview:
+        """The bytes of rows `start` to `stop`, as they are written."""
+        if self.direct is not None:
+            leaves = [(t.leaf, t) for t in self.inputs if isinstance(t.leaf, FileSpan)]
+            made = self.direct(*(leaf.read_bytes(t, start, stop) for leaf, t in leaves))
+            if made is not None:
+                return made.data
+        rows = self.read(start, stop)
+        assert rows.dtype == self.dtype.torch
+        assert rows.numel() == (stop - start) * self.width
+        return as_bytes(rows.contiguous())
 
     def read_inputs(self, start: int, stop: int) -> list[torch.Tensor]:
         """These rows of every input of a row-wise kernel."""

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from conftest import save_raw
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from surgery import merge, open_checkpoint, write
+from surgery import Checkpoint, merge, open_checkpoint, write
 from surgery.dtypes import DTYPES
 from surgery.kernels import compiled
 from surgery.kernels.merging import Combination, Rounding, combine, trim
@@ -80,7 +83,7 @@ def both(name: str, kernel: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, t
     with called(name):
         quick = kernel()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "takes", lambda _: False)
+        patch.setattr(compiled, "library", lambda: None)
         return quick, kernel()
 
 
@@ -210,7 +213,8 @@ GIVEN: dict[str, dict[str, object]] = {
     "slerp": {"t": 0.3},
 }
 
-MEASURED = {"ties", "breadcrumbs", "breadcrumbs_ties"}
+USED = dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), ("window", "trim"))
+USED["slerp"] = ("combine",)
 
 
 @built
@@ -233,14 +237,19 @@ def test_files_are_the_same_byte_for_byte(
         write(merge(models, base=base, method=method, **GIVEN[method]), tmp_path / name)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
-    with called(*(("window", "trim") if method in MEASURED else ("combine",))):
+    with called(*USED.get(method, ("combine_bytes",))):
         quick = made("quick")
-    monkeypatch.setattr(compiled, "takes", lambda _: False)
+    monkeypatch.setattr(compiled, "library", lambda: None)
     assert quick == made("slow")
 
 
 @built
-def test_magnitudes_too_large_for_float32_are_of_finite_inputs(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("method", "used"), [("ties", ("window", "trim")), ("task_arithmetic", ("combine_bytes",))]
+)
+def test_what_is_too_large_comes_of_finite_inputs(
+    tmp_path: Path, method: str, used: tuple[str, ...]
+) -> None:
     """Unlike NaN and infinity in an input, which end the run: see test_task_vectors.py."""
     start = torch.randn(40, 50, generator=torch.Generator().manual_seed(0)).bfloat16()
     tuned = start + 1
@@ -249,7 +258,43 @@ def test_magnitudes_too_large_for_float32_are_of_finite_inputs(tmp_path: Path) -
         open_checkpoint(save_raw(tmp_path / name, {"w": w}, config={"model_type": "toy"}))
         for name, w in (("base", start), ("tuned", tuned))
     )
-    with called("window", "trim"):
-        write(merge([model], base=base, method="ties", density=0.5), tmp_path / "out")
+    with called(*used):
+        write(merge([model], base=base, method=method), tmp_path / "out")
     made = open_checkpoint(tmp_path / "out")["w"].read()
     assert made.isinf().nonzero().tolist() == [[3, 4]]
+
+
+@built
+def test_merges_without_torch(tmp_path: Path) -> None:
+    """What the system copies and what one pass over bytes makes takes no second to start."""
+    for at in range(3):
+        tensors = {"w": torch.full((70, 30), at / 4).bfloat16(), "n": torch.ones(3).bfloat16()}
+        save_raw(tmp_path / f"model{at}", tensors, config={"model_type": "toy"})
+    code = (
+        "import sys\n"
+        "from surgery import merge, open_checkpoint, write\n"
+        "base, *models = map(open_checkpoint, sys.argv[1:4])\n"
+        "write(merge(models, base=base, method='task_arithmetic'), sys.argv[4])\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    folders = [str(tmp_path / name) for name in ("model0", "model1", "model2", "out")]
+    subprocess.run([sys.executable, "-c", code, *folders], check=True)
+    made = open_checkpoint(tmp_path / "out")
+    assert made["w"].read().eq(0.75).all()
+    assert made["n"].read().eq(1).all()
+
+
+@built
+def test_what_needs_torch(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(7, 3).bfloat16()}
+    model = open_checkpoint(save_raw(tmp_path / "model", tensors, config={"model_type": "toy"}))
+    exact = {**model.tensors, "w": replace(model["w"], dtype=DTYPES["F16"])}
+
+    def direct(given: Checkpoint, **options: Any) -> bool:
+        made = merge([given], base=given, method="task_arithmetic", **options)
+        return made["w"].direct is not None
+
+    assert direct(model)
+    assert not direct(model, dtype="float32")
+    assert not direct(replace(model, tensors=exact))
+    assert not direct(merge([model], base=model, method="task_arithmetic"))  # in no file

@@ -83,6 +83,20 @@ def combine(
     return made
 
 
+def combine_bytes(
+    first: numpy.ndarray, *others: numpy.ndarray, start: float, steps: Sequence[float], scale: float
+) -> numpy.ndarray | None:
+    """`combine` on the bytes of bfloat16 (uint8); None where not all that comes out is finite."""
+    made = numpy.empty_like(first)
+    count, loaded = len(first) // 2, _loaded()
+    addresses = (ctypes.c_void_p * len(others))(*(other.ctypes.data for other in others))
+    loaded.surgery_combine(
+        count, len(others), first.ctypes.data, addresses, start, _numbers(steps), scale,
+        made.ctypes.data,
+    )  # fmt: skip
+    return made if loaded.surgery_finite(count, made.ctypes.data) else None
+
+
 def trim(
     first: torch.Tensor,
     others: Sequence[torch.Tensor],

@@ -24,9 +24,14 @@ if TYPE_CHECKING:
 
 
 def _combined(job: Job, combination: Combination) -> LazyTensor:
+    from surgery.kernels import compiled
     from surgery.kernels.merging import combine
 
-    return job.tensor(partial(combine, combination=combination), spreads=True)
+    start, steps = combination.start - 1, combination.steps
+    direct = None
+    if compiled.library() is not None and len(steps) <= compiled.MOST_MODELS:
+        direct = partial(compiled.combine_bytes, start=start, steps=steps, scale=job.scale)
+    return job.tensor(partial(combine, combination=combination), spreads=True, direct=direct)
 
 
 def _on_sphere(

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES, DType
 from surgery.merging.finite import checked_after, checked_in_measure
-from surgery.tensor import LazyTensor
+from surgery.tensor import FileSpan, LazyTensor
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 
@@ -57,14 +58,17 @@ class Job:
         rowwise: bool = True,
         spreads: bool = False,
         measures_all: bool = False,
+        direct: Callable[..., numpy.ndarray | None] | None = None,
     ) -> LazyTensor:
         """What `kernel` makes of `inputs`, by default all of them.
 
         What isn't finite is looked for in every input as it is read; once, in the result, if the
         kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
+        `direct` does the same on bytes of bfloat16, and is left out where something else is asked.
         """
         inputs = self.inputs if inputs is None else inputs
         kernel = _ending(kernel, self.compute, self.dtype, self.scale, self.bare)
+        plain = kernel.keywords["rounding"].plain
         if measures_all:
             assert measure is not None
             inputs, measure = checked_in_measure(inputs, measure)
@@ -77,13 +81,18 @@ class Job:
             kernel=kernel,
             rowwise=rowwise,
             measure=measure,
+            direct=direct if plain and all(map(_is_plain, inputs)) else None,
         )
+
+
+def _is_plain(tensor: LazyTensor) -> bool:
+    return isinstance(tensor.leaf, FileSpan) and tensor.dtype is DTYPES["BF16"]
 
 
 @lru_cache(maxsize=1 << 12)  # most tensors have the same one
 def _ending(
     kernel: Callable[..., torch.Tensor], compute: DType, dtype: DType, scale: float, bare: bool
-) -> Callable[..., torch.Tensor]:
+) -> partial[torch.Tensor]:
     """A kernel that is told how to end."""
     from surgery.kernels.merging import Rounding
 

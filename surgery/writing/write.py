@@ -250,7 +250,8 @@ def _fill(
     opened: list[OpenShard] = []
     left = [shard for shard in shards if shard.name not in kept]
     try:
-        run_all(_jobs(layout, left, open_shard, finisher), work, threads)
+        jobs = _jobs(layout, left, open_shard, finisher)
+        run_all(jobs, work, threads, with_torch=not _without_torch(layout))
     finally:
         finisher.join()
         for shard in opened:  # those that aren't finished, as something has failed
@@ -262,6 +263,12 @@ def _fill(
     for finished in [*kept.values(), *finisher.finished]:
         sums.update(finished.tallies)
     return {name: sums[name] for name in layout.weights if name in sums}
+
+
+def _without_torch(layout: Plan) -> bool:
+    """Whether all that has to be computed has a way that doesn't need torch."""
+    computed = (layout.weights[name] for name in layout.computed)
+    return all(tensor.direct is not None and tensor.tally is None for tensor in computed)
 
 
 def _jobs(
@@ -312,11 +319,10 @@ def _compute(
     tally = None
     if tensor.tally is not None:
         rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
+        data = as_bytes(rows.contiguous())
     else:
-        rows = tensor.read(start, stop)
-    assert rows.dtype == tensor.dtype.torch
-    assert rows.numel() == (stop - start) * tensor.width
-    data = as_bytes(rows.contiguous())
+        data = tensor.read_bytes(start, stop)
+    assert len(data) == (stop - start) * tensor.width * tensor.dtype.bits // 8
     shard.write(data, offset)
     return len(data), tally
 
