@@ -5,8 +5,8 @@
 
 prints one Markdown table: wall time with start-up (the median), the ratio to mergekit's in the
 same run, the floor, CPU and private memory (see measure.py). Both read the file that
-`surgery run` and `mergekit-yaml` understand alike. mergekit is run `--peer-repeat` times (once),
-since it takes minutes. It needs about 10 GB of disk, and memory to cache it.
+`surgery run` and `mergekit-yaml` understand alike. mergekit is run `--peer-repeat` times (three:
+it takes minutes, and its first run some seconds more than the next). It needs about 10 GB of disk, and memory to cache it.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--mergekit", type=Path, help="mergekit-yaml of an environment of its own")
     parser.add_argument("--parameters", choices=SHAPES, default="1.1B")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--peer-repeat", type=int, default=1)
+    parser.add_argument("--peer-repeat", type=int, default=3)
     parser.add_argument("--methods", default="task_arithmetic,ties,linear")
     parser.add_argument("--work", type=Path, help="keep the checkpoints here")
     parser.add_argument("--json", type=Path, help="write every single figure here")

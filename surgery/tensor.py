@@ -162,7 +162,8 @@ class LazyTensor:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (all by default): shape (rows, width), or (rows,) for a vector.
 
-        The only evaluator. What it returns belongs to the caller, who may overwrite it.
+        The only evaluator but for `direct`, which makes the same bytes. What it returns belongs to
+        the caller, who may overwrite it.
         """
         stop = self.rows if stop is None else stop
         if not 0 <= start <= stop <= self.rows:
