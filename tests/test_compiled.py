@@ -278,7 +278,8 @@ def test_merges_without_torch(tmp_path: Path) -> None:
         "assert 'torch' not in sys.modules\n"
     )
     folders = [str(tmp_path / name) for name in ("model0", "model1", "model2", "out")]
-    subprocess.run([sys.executable, "-c", code, *folders], check=True)
+    # elsewhere, where the package that is imported is the one that was installed, and built
+    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=tmp_path)
     made = open_checkpoint(tmp_path / "out")
     assert made["w"].read().eq(0.75).all()
     assert made["n"].read().eq(1).all()

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.checkpoint import Checkpoint
 from surgery.errors import FormatError
-from surgery.kernels import compiled
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -136,6 +135,8 @@ def _require_finite(rows: torch.Tensor, *, where: str) -> torch.Tensor:
 
 
 def _is_finite(rows: torch.Tensor) -> bool:
+    from surgery.kernels import compiled
+
     if not rows.numel():
         return True
     if compiled.takes((rows,)):
