@@ -6,7 +6,7 @@
 prints one Markdown table: wall time with start-up (the median), the ratio to mergekit's in the
 same run, the floor, CPU and private memory (see measure.py). Both read the file that
 `surgery run` and `mergekit-yaml` understand alike. mergekit is run `--peer-repeat` times (three:
-it takes minutes, and its first run some seconds more than the next). It needs about 10 GB of disk, and memory to cache it.
+it takes minutes). It needs about 10 GB of disk, and memory to cache it.
 """
 
 from __future__ import annotations

@@ -148,6 +148,7 @@ def as_bytes(tensor: torch.Tensor) -> memoryview:
     and to get it back takes many times as long as this.
     """
     assert tensor.is_contiguous()
+    assert tensor.is_cpu
     if not tensor.nbytes:
         return memoryview(bytearray())
     memory = (ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())

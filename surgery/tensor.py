@@ -181,8 +181,11 @@ class LazyTensor:
     def read_bytes(self, start: int, stop: int) -> memoryview:
         """The bytes of rows `start` to `stop`, as they are written."""
         if self.direct is not None:
-            leaves = [(t.leaf, t) for t in self.inputs if isinstance(t.leaf, FileSpan)]
-            made = self.direct(*(leaf.read_bytes(t, start, stop) for leaf, t in leaves))
+            given = []
+            for tensor in self.inputs:
+                assert isinstance(tensor.leaf, FileSpan)
+                given.append(tensor.leaf.read_bytes(tensor, start, stop))
+            made = self.direct(*given)
             if made is not None:
                 return made.data
         rows = self.read(start, stop)

@@ -209,7 +209,7 @@ GIVEN: dict[str, dict[str, object]] = {
     "breadcrumbs": {"density": 0.4, "gamma": 0.05},
     "breadcrumbs_ties": {"density": 0.4, "gamma": 0.05},
     "linear": {"weight": 0.4},
-    "task_arithmetic": {"weight": 0.7},
+    "task_arithmetic": {"weight": 0.7, "lambda": 0.6},
     "slerp": {"t": 0.3},
 }
 

@@ -16,6 +16,8 @@ def same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     if one.dtype != other.dtype or one.shape != other.shape:
         return False
     a, b = one.contiguous(), other.contiguous()
+    assert a.is_cpu
+    assert b.is_cpu
     same: bool = _memcmp()(a.data_ptr(), b.data_ptr(), a.nbytes) == 0
     return same
 

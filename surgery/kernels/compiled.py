@@ -24,12 +24,16 @@ MOST_MODELS = 16
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it wasn't built."""
+    """The library, or None where it wasn't built, or was for another system: an environment may
+    have been copied, and torch gives the same bytes."""
     built = [Path(__file__).with_name(f"_compiled{suffix}") for suffix in EXTENSION_SUFFIXES]
     found = next((path for path in built if path.is_file()), None)
     if found is None:
         return None
-    loaded = ctypes.CDLL(str(found))
+    try:
+        loaded = ctypes.CDLL(str(found))
+    except OSError:
+        return None
     count, number, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     addresses, numbers = ctypes.POINTER(address), ctypes.POINTER(number)
     loaded.surgery_combine.restype = None
@@ -76,9 +80,10 @@ def combine(
     """first + scale * (start * first + the sum of steps[i] * (others[i] - first)), in float32,
     rounded to bfloat16."""
     made = torch.empty_like(first)
+    addresses = _addresses([other.data_ptr() for other in others])
     _loaded().surgery_combine(
-        first.numel(), len(others), first.data_ptr(), _addresses(others), start, _numbers(steps),
-        scale, made.data_ptr(),
+        first.numel(), len(others), first.data_ptr(), addresses, start, _numbers(steps), scale,
+        made.data_ptr(),
     )  # fmt: skip
     return made
 
@@ -89,7 +94,7 @@ def combine_bytes(
     """`combine` on the bytes of bfloat16 (uint8); None where not all that comes out is finite."""
     made = numpy.empty_like(first)
     count, loaded = len(first) // 2, _loaded()
-    addresses = (ctypes.c_void_p * len(others))(*(other.ctypes.data for other in others))
+    addresses = _addresses([other.ctypes.data for other in others])
     loaded.surgery_combine(
         count, len(others), first.ctypes.data, addresses, start, _numbers(steps), scale,
         made.ctypes.data,
@@ -116,8 +121,9 @@ def trim(
     the weights that counted: at least by `least`, or, if that is 0, by 1 where they are 0.
     """
     made = torch.empty_like(first)
+    addresses = _addresses([other.data_ptr() for other in others])
     _loaded().surgery_trim(
-        first.numel(), len(others), first.data_ptr(), _addresses(others),
+        first.numel(), len(others), first.data_ptr(), addresses,
         _numbers([bound for pair in bounds for bound in pair]), _numbers(weights), elect,
         normalize, divisor, least, scale, made.data_ptr(),
     )  # fmt: skip
@@ -164,8 +170,8 @@ def _loaded() -> ctypes.CDLL:
     return loaded
 
 
-def _addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+def _addresses(values: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(values))(*values)
 
 
 def _numbers(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:

@@ -51,6 +51,12 @@ class Plan:
     untouched: tuple[str, ...]
 
     @property
+    def needs_torch(self) -> bool:
+        """Whether something has to be computed that there is no `direct` way for."""
+        computed = (self.weights[name] for name in self.computed)
+        return any(tensor.direct is None or tensor.tally is not None for tensor in computed)
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of all shards."""
         return sum(shard.size for shard in self.shards)

@@ -251,7 +251,7 @@ def _fill(
     left = [shard for shard in shards if shard.name not in kept]
     try:
         jobs = _jobs(layout, left, open_shard, finisher)
-        run_all(jobs, work, threads, with_torch=not _without_torch(layout))
+        run_all(jobs, work, threads, with_torch=layout.needs_torch)
     finally:
         finisher.join()
         for shard in opened:  # those that aren't finished, as something has failed
@@ -263,12 +263,6 @@ def _fill(
     for finished in [*kept.values(), *finisher.finished]:
         sums.update(finished.tallies)
     return {name: sums[name] for name in layout.weights if name in sums}
-
-
-def _without_torch(layout: Plan) -> bool:
-    """Whether all that has to be computed has a way that doesn't need torch."""
-    computed = (layout.weights[name] for name in layout.computed)
-    return all(tensor.direct is not None and tensor.tally is None for tensor in computed)
 
 
 def _jobs(
