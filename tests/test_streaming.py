@@ -36,7 +36,7 @@ from surgery.modeling import lanes, streaming
 from surgery.modeling.buffers import SMALL, Buffers
 from surgery.modeling.build import build_deferred, build_model
 from surgery.modeling.deferred import Deferred, Plain, UndeferrableError, apart, evaluate, recording
-from surgery.modeling.shelf import Shelf
+from surgery.modeling.shelf import Reader, Shelf, same_bytes
 from surgery.modeling.streaming import run_together
 from surgery.tensor import FileSpan, LazyTensor, gather
 from surgery.verification import compare_logits, logits
@@ -498,6 +498,18 @@ def test_a_value_that_one_thread_cant_make_another_may():
     with pytest.raises(FormatError, match="gone"):
         shelf.take("a", 8, fail)
     assert torch.equal(shelf.take("a", 8, lambda: torch.ones(1)), torch.ones(1))
+
+
+def test_a_kernel_that_overwrites_its_input_leaves_the_shared_bytes_as_they_were(
+    raw_checkpoint: Callable[..., Path],
+):
+    norm = open_checkpoint(raw_checkpoint({"norm": torch.arange(1.0, 9.0)}))["norm"]
+    given_rows = gather((norm,), ((0, 0, norm.rows),), norm.shape)
+    reader = Reader(Counter({same_bytes(norm): 4}), 1 << 20, Buffers(0))
+    for made_of in (norm, given_rows):
+        negated = LazyTensor(norm.shape, norm.dtype, inputs=(made_of,), kernel=torch.Tensor.neg_)
+        assert torch.equal(reader.read(negated), -norm.whole())
+        assert torch.equal(reader.read(norm), norm.whole())
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 3 * SMALL)), max_size=12))
