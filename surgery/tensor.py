@@ -106,9 +106,9 @@ class LazyTensor:
     these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
     statistic which only reports needs no pass of its own.
 
-    `direct` goes with a kernel whose inputs lie in files: it makes the bytes of the rows that the
-    kernel makes of those of its inputs without torch, which takes longer to import than many a
-    model takes to merge; or None, and the kernel has to, which can also say what is wrong.
+    `direct` goes with a row-wise kernel: it makes the bytes of the rows that the kernel makes of the
+    bytes of those of its inputs, quicker and without torch, which takes longer to import than many
+    a model takes to merge; or None, and the kernel has to, which can also say what is wrong.
 
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.
@@ -162,12 +162,47 @@ class LazyTensor:
     def read(self, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Rows `start` to `stop` (all by default): shape (rows, width), or (rows,) for a vector.
 
-        The only evaluator but for `direct`, which makes the same bytes. What it returns belongs to
-        the caller, who may overwrite it.
+        What it returns belongs to the caller, who may overwrite it.
         """
         stop = self.rows if stop is None else stop
         if not 0 <= start <= stop <= self.rows:
             raise IndexError(f"rows {start} to {stop} of a tensor that has {self.rows}")
+        if (made := self._directly(start, stop)) is not None:
+            import torch
+
+            return torch.from_numpy(made).view(self.dtype.torch).view(self.shape_of(stop - start))
+        return self._rows(start, stop)
+
+    def read_bytes(self, start: int, stop: int) -> numpy.ndarray:
+        """The bytes of rows `start` to `stop`, as they are written; without torch if not
+        `needs_torch`."""
+        if isinstance(self.leaf, FileSpan):
+            return self.leaf.read_bytes(self, start, stop)
+        if (made := self._directly(start, stop)) is not None:
+            return made
+        import numpy
+
+        rows = self._rows(start, stop)
+        assert rows.dtype == self.dtype.torch
+        assert rows.numel() == (stop - start) * self.width
+        return numpy.frombuffer(as_bytes(rows.contiguous()), numpy.uint8)
+
+    @property
+    def needs_torch(self) -> bool:
+        """Whether its bytes can't be had without torch, if nothing is wrong with them."""
+        if isinstance(self.leaf, FileSpan):
+            return False
+        return self.direct is None or any(tensor.needs_torch for tensor in self.inputs)
+
+    def _directly(self, start: int, stop: int) -> numpy.ndarray | None:
+        if self.direct is None or (stop - start) * self.width == 0:  # torch views no empty bytes
+            return None
+        given = [tensor.read_bytes(start, stop) for tensor in self.inputs]
+        if self.measure is None:
+            return self.direct(*given)
+        return self.direct(*given, measured=self.measured)
+
+    def _rows(self, start: int, stop: int) -> torch.Tensor:
         if self.leaf is not None:
             return self.leaf.read(self, start, stop)
         if self.runs is not None:
@@ -177,21 +212,6 @@ class LazyTensor:
             return self.compute(self.read_inputs(start, stop))
         whole = self.kernel(*(tensor.whole() for tensor in self.inputs))
         return whole.reshape(self.shape_of(self.rows))[start:stop]
-
-    def read_bytes(self, start: int, stop: int) -> memoryview:
-        """The bytes of rows `start` to `stop`, as they are written."""
-        if self.direct is not None:
-            given = []
-            for tensor in self.inputs:
-                assert isinstance(tensor.leaf, FileSpan)
-                given.append(tensor.leaf.read_bytes(tensor, start, stop))
-            made = self.direct(*given)
-            if made is not None:
-                return made.data
-        rows = self.read(start, stop)
-        assert rows.dtype == self.dtype.torch
-        assert rows.numel() == (stop - start) * self.width
-        return as_bytes(rows.contiguous())
 
     def read_inputs(self, start: int, stop: int) -> list[torch.Tensor]:
         """These rows of every input of a row-wise kernel."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,19 @@ import torch
 from conftest import save_raw
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from merging import lazily
 
 from surgery import Checkpoint, merge, open_checkpoint, write
 from surgery.dtypes import DTYPES
 from surgery.kernels import compiled
-from surgery.kernels.merging import Combination, Rounding, combine, trim
+from surgery.kernels.merging import (
+    Combination,
+    Rounding,
+    combine,
+    combine_bytes,
+    trim,
+    trim_bytes,
+)
 from surgery.kernels.selection import Window
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no compiler to build it")
@@ -78,22 +87,18 @@ def watched(name: str, kernel: Callable[..., Any], seen: set[str]) -> Callable[.
     return watching
 
 
-def both(name: str, kernel: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the compiled kernel makes, and what torch makes."""
-    with called(name):
-        quick = kernel()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiled, "library", lambda: None)
-        return quick, kernel()
+def in_bytes(tensor: torch.Tensor) -> numpy.ndarray:
+    return tensor.view(torch.uint8).numpy()
 
 
-def same_bits(one: torch.Tensor, other: torch.Tensor) -> None:
-    """NaN is NaN: torch gives those in the middle of a tensor other bits than those at its end."""
-    assert one.dtype == other.dtype == torch.bfloat16
-    assert one.shape == other.shape
-    known = ~one.isnan()
-    assert torch.equal(known, ~other.isnan())
-    assert torch.equal(one[known].view(torch.int16), other[known].view(torch.int16))
+def same_values(made: numpy.ndarray | None, wanted: torch.Tensor) -> None:
+    """The same bits, or both NaN: torch gives those in the middle of a tensor other bits than those
+    at its end."""
+    assert made is not None
+    found = torch.from_numpy(made.view(numpy.uint16)).view(torch.bfloat16)
+    known = ~wanted.isnan()
+    assert torch.equal(known, ~found.isnan())
+    assert torch.equal(found[known].view(torch.int16), wanted[known].view(torch.int16))
 
 
 @built
@@ -109,9 +114,15 @@ def test_combine(seed: int, size: int, steps: list[float], start: float, scale: 
     tensors = inputs(seed, size, len(steps))
     rounding = Rounding(DTYPES["F32"], DTYPES["BF16"], scale)
     combination = Combination(start, tuple(steps))
-    same_bits(
-        *both("combine", lambda: combine(*tensors, rounding=rounding, combination=combination))
-    )
+    wanted = combine(*tensors, rounding=rounding, combination=combination)
+    given = map(in_bytes, tensors)
+    made = combine_bytes(*given, scale=scale, combination=combination)
+    if bool(wanted.isfinite().all()):
+        same_values(made, wanted)
+    else:
+        assert made is None
+        first, *others = map(in_bytes, tensors)
+        same_values(compiled.combine(first, others, start - 1, steps, scale), wanted)
 
 
 BOUNDS = st.sampled_from(
@@ -141,19 +152,10 @@ def test_trim(
 ) -> None:
     tensors = inputs(seed, size, len(models))
     rounding = Rounding(DTYPES["F32"], DTYPES["BF16"], scale)
-    same_bits(
-        *both(
-            "trim",
-            lambda: trim(
-                *tensors,
-                weights=[weight for weight, _ in models],
-                elect=elect,
-                normalize=normalize,
-                rounding=rounding,
-                measured=[bounds for _, bounds in models],
-            ),
-        )
-    )
+    how = {"weights": [weight for weight, _ in models], "elect": elect, "normalize": normalize}
+    bounds = [pair for _, pair in models]
+    wanted = trim(*tensors, **how, rounding=rounding, measured=bounds)
+    same_values(trim_bytes(*map(in_bytes, tensors), **how, scale=scale, measured=bounds), wanted)
 
 
 @built
@@ -166,8 +168,9 @@ def test_window(seed: int, size: int, part: float) -> None:
     rank = int(part * (size - 1)) if size else 0
     sample = ascending[:: max(1, size // 50)] if size else numpy.zeros(1, numpy.float32)
     quick, slow = Window(rank, max(1, size), sample), Window(rank, max(1, size), sample)
-    assert quick.count_between(base, model) == bool(sizes.isfinite().all())
-    slow.count(sizes)
+    finite = quick.count_between(in_bytes(base), in_bytes(model))
+    assert finite == bool(sizes.isfinite().all())
+    slow.count(sizes.numpy())
     assert quick._below == slow._below
     assert quick._equal == slow._equal
     assert numpy.array_equal(numpy.concatenate(quick._near), numpy.concatenate(slow._near))
@@ -188,20 +191,7 @@ def test_finite(seed: int, size: int, odd: float | None, where: float) -> None:
     (values,) = inputs(seed, size, 0)
     if odd is not None:
         values[int(where * (size - 1))] = odd
-    assert compiled.finite(values) == bool(values.isfinite().all())
-
-
-@built
-def test_what_it_does_not_take() -> None:
-    base = torch.zeros(4, 6, dtype=torch.bfloat16)
-    assert compiled.takes([base, base])
-    assert not compiled.takes([base, base.float()])
-    assert not compiled.takes([base, base[:, ::2]])
-    assert not compiled.takes([base.t(), base.t()])
-    assert not compiled.takes([base, base[:2]])
-    assert not compiled.takes([base] * (compiled.MOST_MODELS + 2))
-    assert not Rounding(DTYPES["F32"], DTYPES["F32"]).plain
-    assert not Rounding(DTYPES["F32"], DTYPES["BF16"], bare=True).plain
+    assert compiled.finite(in_bytes(values)) == bool(values.isfinite().all())
 
 
 GIVEN: dict[str, dict[str, object]] = {
@@ -214,7 +204,6 @@ GIVEN: dict[str, dict[str, object]] = {
 }
 
 USED = dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), ("window", "trim"))
-USED["slerp"] = ("combine",)
 
 
 @built
@@ -237,7 +226,7 @@ def test_files_are_the_same_byte_for_byte(
         write(merge(models, base=base, method=method, **GIVEN[method]), tmp_path / name)
         return (tmp_path / name / "model.safetensors").read_bytes()
 
-    with called(*USED.get(method, ("combine_bytes",))):
+    with called(*USED.get(method, ("combine",))):
         quick = made("quick")
     monkeypatch.setattr(compiled, "library", lambda: None)
     assert quick == made("slow")
@@ -245,7 +234,7 @@ def test_files_are_the_same_byte_for_byte(
 
 @built
 @pytest.mark.parametrize(
-    ("method", "used"), [("ties", ("window", "trim")), ("task_arithmetic", ("combine_bytes",))]
+    ("method", "used"), [("ties", ("window", "trim")), ("task_arithmetic", ("combine",))]
 )
 def test_what_is_too_large_comes_of_finite_inputs(
     tmp_path: Path, method: str, used: tuple[str, ...]
@@ -265,23 +254,24 @@ def test_what_is_too_large_comes_of_finite_inputs(
 
 
 @built
-def test_merges_without_torch(tmp_path: Path) -> None:
-    """What the system copies and what one pass over bytes makes takes no second to start."""
+@pytest.mark.parametrize(("method", "merged"), [("task_arithmetic", 0.75), ("ties", 0.375)])
+def test_merges_without_torch(tmp_path: Path, method: str, merged: float) -> None:
+    """What the system copies and what kernels make of bytes takes no second to start."""
     for at in range(3):
         tensors = {"w": torch.full((70, 30), at / 4).bfloat16(), "n": torch.ones(3).bfloat16()}
         save_raw(tmp_path / f"model{at}", tensors, config={"model_type": "toy"})
     code = (
         "import sys\n"
         "from surgery import merge, open_checkpoint, write\n"
-        "base, *models = map(open_checkpoint, sys.argv[1:4])\n"
-        "write(merge(models, base=base, method='task_arithmetic'), sys.argv[4])\n"
+        "base, *models = map(open_checkpoint, sys.argv[2:5])\n"
+        "write(merge(models, base=base, method=sys.argv[1]), sys.argv[5])\n"
         "assert 'torch' not in sys.modules\n"
     )
     folders = [str(tmp_path / name) for name in ("model0", "model1", "model2", "out")]
     # elsewhere, where the package that is imported is the one that was installed, and built
-    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code, method, *folders], check=True, cwd=tmp_path)
     made = open_checkpoint(tmp_path / "out")
-    assert made["w"].read().eq(0.75).all()
+    assert made["w"].read().eq(merged).all()
     assert made["n"].read().eq(1).all()
 
 
@@ -289,13 +279,39 @@ def test_merges_without_torch(tmp_path: Path) -> None:
 def test_what_needs_torch(tmp_path: Path) -> None:
     tensors = {"w": torch.ones(7, 3).bfloat16()}
     model = open_checkpoint(save_raw(tmp_path / "model", tensors, config={"model_type": "toy"}))
-    exact = {**model.tensors, "w": replace(model["w"], dtype=DTYPES["F16"])}
 
-    def direct(given: Checkpoint, **options: Any) -> bool:
-        made = merge([given], base=given, method="task_arithmetic", **options)
-        return made["w"].direct is not None
+    def needed(*models: Checkpoint, method: str = "task_arithmetic", **options: Any) -> bool:
+        return merge(models, base=model, method=method, **options)["w"].needs_torch
 
-    assert direct(model)
-    assert not direct(model, dtype="float32")
-    assert not direct(replace(model, tensors=exact))
-    assert not direct(merge([model], base=model, method="task_arithmetic"))  # in no file
+    def other(dtype: str) -> Checkpoint:
+        return replace(model, tensors={"w": replace(model["w"], dtype=DTYPES[dtype])})
+
+    assert not model["w"].needs_torch
+    assert not needed(model)
+    assert not needed(merge([model], base=model, method="task_arithmetic"))  # in no file
+    assert needed(merge([model], base=model, method="dare_ties", density=0.5))
+    assert needed(model, dtype="float32")
+    assert needed(model, other("F16"))
+    assert not needed(*[model] * compiled.MOST_MODELS)
+    assert needed(*[model] * (compiled.MOST_MODELS + 1))
+    assert needed(model, method="dare_ties", density=0.5)
+
+
+@built
+@settings(deadline=None, max_examples=100)
+@given(
+    st.sampled_from(["task_arithmetic", "ties", "breadcrumbs"]),
+    st.integers(0, 1000),
+    st.sampled_from([(), (0,), (9,), (3, 0), (700, 3)]),
+)
+def test_rows_are_those_of_the_kernel(method: str, seed: int, shape: tuple[int, ...]) -> None:
+    """Read as bytes or as numbers, of inputs that lie in no file."""
+    base, *models = (tensor.view(shape) for tensor in inputs(seed, math.prod(shape), 2))
+    made = lazily(method, base, models, **({} if method == "task_arithmetic" else {"density": 0.4}))
+    assert made.direct is not None
+    slow = replace(made, direct=None)
+    for start, stop in ((0, made.rows), (made.rows // 3, made.rows // 2)):
+        rows, wanted = made.read(start, stop), slow.read(start, stop)
+        assert rows.shape == wanted.shape
+        same_values(in_bytes(rows.reshape(-1)), wanted.reshape(-1))
+        assert made.read_bytes(start, stop).tobytes() == in_bytes(rows.reshape(-1)).tobytes()

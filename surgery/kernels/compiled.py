@@ -1,7 +1,8 @@
 """The kernels of compiled.c, built where a compiler was at hand when Surgery was installed.
 
 They do in one pass over bfloat16 what the kernels of merging.py and selection.py do in many, and
-give the same bits. Where they weren't built those do it, in up to three times the time.
+give the same bits. Where they weren't built those do it, in up to three times the time. They take
+bytes, as numpy's uint8, and no torch, which takes longer to import than many a model takes to merge.
 """
 
 from __future__ import annotations
@@ -12,11 +13,14 @@ from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import nan
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy
 
-from surgery.on_demand import torch
+from surgery.dtypes import DTYPES
+
+if TYPE_CHECKING:
+    from surgery.tensor import LazyTensor
 
 MOST_MODELS = 16
 """As in compiled.c."""
@@ -55,56 +59,35 @@ def library() -> ctypes.CDLL | None:
     return loaded
 
 
-def takes(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether there are kernels for these: of one shape, in bfloat16, one after the other in
-    memory."""
+def takes(tensors: Sequence[LazyTensor]) -> bool:
+    """Whether there are kernels for these, which are of one shape."""
     return (
         len(tensors) <= 1 + MOST_MODELS
-        and all(
-            tensor.dtype == torch.bfloat16
-            and tensor.is_contiguous()
-            and tensor.shape == tensors[0].shape
-            for tensor in tensors
-        )
+        and all(tensor.dtype is DTYPES["BF16"] for tensor in tensors)
         and library() is not None
     )
 
 
 def combine(
-    first: torch.Tensor,
-    others: Sequence[torch.Tensor],
+    first: numpy.ndarray,
+    others: Sequence[numpy.ndarray],
     start: float,
     steps: Sequence[float],
     scale: float,
-) -> torch.Tensor:
+) -> numpy.ndarray:
     """first + scale * (start * first + the sum of steps[i] * (others[i] - first)), in float32,
     rounded to bfloat16."""
-    made = torch.empty_like(first)
-    addresses = _addresses([other.data_ptr() for other in others])
+    made = numpy.empty_like(first)
     _loaded().surgery_combine(
-        first.numel(), len(others), first.data_ptr(), addresses, start, _numbers(steps), scale,
-        made.data_ptr(),
+        len(first) // 2, len(others), first.ctypes.data, _addresses(others), start,
+        _numbers(steps), scale, made.ctypes.data,
     )  # fmt: skip
     return made
 
 
-def combine_bytes(
-    first: numpy.ndarray, *others: numpy.ndarray, start: float, steps: Sequence[float], scale: float
-) -> numpy.ndarray | None:
-    """`combine` on the bytes of bfloat16 (uint8); None where not all that comes out is finite."""
-    made = numpy.empty_like(first)
-    count, loaded = len(first) // 2, _loaded()
-    addresses = _addresses([other.ctypes.data for other in others])
-    loaded.surgery_combine(
-        count, len(others), first.ctypes.data, addresses, start, _numbers(steps), scale,
-        made.ctypes.data,
-    )  # fmt: skip
-    return made if loaded.surgery_finite(count, made.ctypes.data) else None
-
-
 def trim(
-    first: torch.Tensor,
-    others: Sequence[torch.Tensor],
+    first: numpy.ndarray,
+    others: Sequence[numpy.ndarray],
     bounds: Sequence[tuple[float, float]],
     weights: Sequence[float],
     *,
@@ -113,19 +96,18 @@ def trim(
     divisor: float,
     least: float,
     scale: float,
-) -> torch.Tensor:
+) -> numpy.ndarray:
     """first + scale * the differences from it, of which those of a magnitude between their bounds
     stay, fused as `fuse` of merging.py does; in float32, rounded to bfloat16.
 
     Without `elect` the sum is divided by `divisor`. With `elect` and `normalize` it is divided by
     the weights that counted: at least by `least`, or, if that is 0, by 1 where they are 0.
     """
-    made = torch.empty_like(first)
-    addresses = _addresses([other.data_ptr() for other in others])
+    made = numpy.empty_like(first)
     _loaded().surgery_trim(
-        first.numel(), len(others), first.data_ptr(), addresses,
+        len(first) // 2, len(others), first.ctypes.data, _addresses(others),
         _numbers([bound for pair in bounds for bound in pair]), _numbers(weights), elect,
-        normalize, divisor, least, scale, made.data_ptr(),
+        normalize, divisor, least, scale, made.ctypes.data,
     )  # fmt: skip
     return made
 
@@ -139,7 +121,7 @@ class Counted(NamedTuple):
     finite: bool
 
 
-def window(base: torch.Tensor, model: torch.Tensor, marks: Sequence[float]) -> Counted:
+def window(base: numpy.ndarray, model: numpy.ndarray, marks: Sequence[float]) -> Counted:
     """Of the magnitudes of model - base, in float32: how many are below the first of the up to
     three `marks`, which ascend, how many equal each, those between the first and the last that
     equal none, and whether all of them are finite."""
@@ -149,9 +131,9 @@ def window(base: torch.Tensor, model: torch.Tensor, marks: Sequence[float]) -> C
         given[place] = mark
     equal = (ctypes.c_int64 * 3)()
     found, finite = ctypes.c_int64(), ctypes.c_int()
-    near = numpy.empty(base.numel(), dtype=numpy.float32)
+    near = numpy.empty(len(base) // 2, dtype=numpy.float32)
     below = _loaded().surgery_window(
-        base.numel(), base.data_ptr(), model.data_ptr(), _numbers(given), equal, near.ctypes.data,
+        len(near), base.ctypes.data, model.ctypes.data, _numbers(given), equal, near.ctypes.data,
         ctypes.byref(found), ctypes.byref(finite),
     )  # fmt: skip
     return Counted(
@@ -159,9 +141,9 @@ def window(base: torch.Tensor, model: torch.Tensor, marks: Sequence[float]) -> C
     )
 
 
-def finite(values: torch.Tensor) -> bool:
+def finite(values: numpy.ndarray) -> bool:
     """Whether every value is."""
-    return bool(_loaded().surgery_finite(values.numel(), values.data_ptr()))
+    return bool(_loaded().surgery_finite(len(values) // 2, values.ctypes.data))
 
 
 def _loaded() -> ctypes.CDLL:
@@ -170,8 +152,8 @@ def _loaded() -> ctypes.CDLL:
     return loaded
 
 
-def _addresses(values: Sequence[int]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(values))(*values)
+def _addresses(arrays: Sequence[numpy.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
 
 
 def _numbers(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:

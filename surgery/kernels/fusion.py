@@ -54,5 +54,5 @@ def fuse_vector(base: torch.Tensor, model: torch.Tensor, *, rounding: Rounding) 
     """The same for a vector or scalar, which is one row."""
     flat = [tensor.reshape(-1) for tensor in (base, model)]
     scores = importance(flat[0], flat[1], rounding.compute)
-    bound = outlier_bound(order_statistics(scores, quartile_ranks(len(scores))))
+    bound = outlier_bound(order_statistics(scores.numpy(), quartile_ranks(len(scores))))
     return fuse_rows(flat[0], flat[1], rounding=rounding, measured=bound).reshape(base.shape)

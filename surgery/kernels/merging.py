@@ -80,8 +80,6 @@ def combine(
     """
     chosen = combination or measured
     assert chosen is not None
-    if rounding.plain and compiled.takes((first, *others)):
-        return compiled.combine(first, others, chosen.start - 1, chosen.steps, rounding.scale)
     start, taus = updates(first, others, rounding.compute)
     total: torch.Tensor | None = None
     if chosen.start != 1:
@@ -90,6 +88,20 @@ def combine(
         weighted = tau if step == 1 else tau.mul_(step)
         total = weighted if total is None else total.add_(weighted)
     return finish(start, torch.zeros_like(start) if total is None else total, rounding)
+
+
+def combine_bytes(
+    first: numpy.ndarray,
+    *others: numpy.ndarray,
+    scale: float,
+    combination: Combination | None = None,
+    measured: Combination | None = None,
+) -> numpy.ndarray | None:
+    """`combine` of bytes of bfloat16; None where not all that comes out is finite."""
+    chosen = combination or measured
+    assert chosen is not None
+    made = compiled.combine(first, others, chosen.start - 1, chosen.steps, scale)
+    return made if compiled.finite(made) else None
 
 
 def scaled(tensor: torch.Tensor, *, factor: float, rounding: Rounding) -> torch.Tensor:
@@ -175,24 +187,35 @@ def trim(
 
     TIES trims what is small (arXiv 2306.01708), Model Breadcrumbs both ends (arXiv 2312.06795).
     """
-    if rounding.plain and compiled.takes((base, *models)):
-        weights = _effective(weights, elect, normalize)
-        return compiled.trim(
-            base,
-            models,
-            [(0.0, float("inf")) if bounds is None else bounds for bounds in measured],
-            weights,
-            elect=elect,
-            normalize=normalize,
-            divisor=_divisor(weights) if normalize else 1.0,
-            least=_least(weights),
-            scale=rounding.scale,
-        )
     start, taus = updates(base, models, rounding.compute)
     for tau, bounds in zip(taus, measured, strict=True):
         if bounds is not None:
             keep_between(tau, *bounds)
     return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
+
+
+def trim_bytes(
+    base: numpy.ndarray,
+    *models: numpy.ndarray,
+    weights: Sequence[float],
+    elect: bool,
+    normalize: bool,
+    scale: float,
+    measured: Sequence[tuple[float, float] | None],
+) -> numpy.ndarray:
+    """`trim` of bytes of bfloat16."""
+    weights = _effective(weights, elect, normalize)
+    return compiled.trim(
+        base,
+        models,
+        [(0.0, float("inf")) if bounds is None else bounds for bounds in measured],
+        weights,
+        elect=elect,
+        normalize=normalize,
+        divisor=_divisor(weights) if normalize else 1.0,
+        least=_least(weights),
+        scale=scale,
+    )
 
 
 def keep_between(tau: torch.Tensor, low: float, high: float) -> None:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 
 import numpy
 
+from surgery.dtypes import DTYPES, DType
 from surgery.kernels import compiled
-from surgery.on_demand import torch
 
 BINS = 1 << 16
 
@@ -52,20 +52,20 @@ class Window:
         """Whether there were more numbers near than a window should hold: it won't find any."""
         return self._room < 0
 
-    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> bool:
-        """Take |model - base| in float32 into account, of tensors that `compiled` takes. Returns
-        whether they were seen to be finite."""
+    def count_between(self, base: numpy.ndarray, model: numpy.ndarray) -> bool:
+        """Take |model - base| in float32 into account, of bytes of bfloat16. Returns whether they
+        were seen to be finite."""
         if self.full:
             return False
         seen = compiled.window(base, model, self._marks.tolist())
         self._take(seen.below, seen.equal, seen.near)
         return seen.finite
 
-    def count(self, values: torch.Tensor) -> None:
+    def count(self, values: numpy.ndarray) -> None:
         """Take a part of the stream into account."""
         if self.full:
             return
-        flat = values.reshape(-1).numpy()
+        flat = values.reshape(-1)
         below = flat < self._marks[0]
         inside = (flat <= self._marks[-1]) ^ below
         equal = []
@@ -93,7 +93,7 @@ class Window:
             smaller = int(numpy.count_nonzero(near < mark))
             if at < smaller:
                 # no partition: it is slow where many are equal
-                return order_statistics(torch.from_numpy(near), [at])[0]
+                return order_statistics(near, [at])[0]
             if at < smaller + equal:
                 return float(mark)
             at -= equal
@@ -114,8 +114,8 @@ class Search:
     Count all of the stream, then `narrow`; again until `done`. NaN counts as the largest.
     """
 
-    def __init__(self, ranks: Sequence[int], dtype: torch.dtype) -> None:
-        self._type = numpy.float64 if dtype == torch.float64 else numpy.float32
+    def __init__(self, ranks: Sequence[int], dtype: DType) -> None:
+        self._type = numpy.float64 if dtype is DTYPES["F64"] else numpy.float32
         self._levels = self._type().itemsize // 2
         self._level = 0
         self._targets = [_Target(rank, 0) for rank in ranks]
@@ -125,16 +125,16 @@ class Search:
     def done(self) -> bool:
         return self._level == self._levels or not self._targets
 
-    def count_between(self, base: torch.Tensor, model: torch.Tensor) -> bool:
+    def count_between(self, base: numpy.ndarray, model: numpy.ndarray) -> bool:
         """Take |model - base| in float32 into account, as a `Window` does."""
-        self.count(model.float().sub_(base.float()).abs_())
+        self.count(magnitudes(base, model))
         return False
 
-    def count(self, values: torch.Tensor) -> None:
+    def count(self, values: numpy.ndarray) -> None:
         """Take a part of the stream into account."""
-        if self.done or not values.numel():
+        if self.done or not values.size:
             return
-        flat = values.reshape(-1).numpy()
+        flat = values.reshape(-1)
         parts = flat.view(numpy.uint16)  # little-endian: the last is the most significant
         last = self._levels - 1 - self._level
         digits = parts[last :: self._levels]
@@ -176,9 +176,21 @@ def _leading_bits(flat: numpy.ndarray, level: int) -> numpy.ndarray:
     return whole
 
 
-def order_statistics(values: torch.Tensor, ranks: Sequence[int]) -> list[float]:
+def magnitudes(base: numpy.ndarray, model: numpy.ndarray) -> numpy.ndarray:
+    """|model - base| in float32, of values of bfloat16, given as bytes or as they lie in 16 bits."""
+    with numpy.errstate(over="ignore", invalid="ignore"):
+        made: numpy.ndarray = numpy.abs(_widened(model) - _widened(base))
+    return made
+
+
+def _widened(values: numpy.ndarray) -> numpy.ndarray:
+    """The upper half of a float32 is the bfloat16."""
+    return (values.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
+
+
+def order_statistics(values: numpy.ndarray, ranks: Sequence[int]) -> list[float]:
     """The values at `ranks` of nonnegative floats that are held whole."""
-    search = Search(ranks, values.dtype)
+    search = Search(ranks, DTYPES["F64" if values.dtype == numpy.float64 else "F32"])
     while not search.done:
         search.count(values)
         search.narrow()

@@ -113,7 +113,7 @@ def knots_ties(
     for part, density in zip(parts, densities, strict=True):
         kept = max(1, int(density * part.numel()))
         if kept < part.numel():
-            low = order_statistics(part.abs(), [part.numel() - kept])[0]
+            low = order_statistics(part.abs().numpy(), [part.numel() - kept])[0]
             keep_between(part, low, float("inf"))
     return left @ fuse(parts, weights, elect=True, normalize=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DType
 from surgery.merging.finite import unchecked
@@ -24,24 +24,21 @@ if TYPE_CHECKING:
 
 
 def _combined(job: Job, combination: Combination) -> LazyTensor:
-    from surgery.kernels import compiled
-    from surgery.kernels.merging import combine
+    from surgery.kernels.merging import combine, combine_bytes
 
-    start, steps = combination.start - 1, combination.steps
-    direct = None
-    if compiled.library() is not None and len(steps) <= compiled.MOST_MODELS:
-        direct = partial(compiled.combine_bytes, start=start, steps=steps, scale=job.scale)
-    return job.tensor(partial(combine, combination=combination), spreads=True, direct=direct)
+    kernel = partial(combine, combination=combination)
+    direct = partial(combine_bytes, combination=combination)
+    return job.tensor(kernel, spreads=True, direct=direct)
 
 
 def _on_sphere(
     job: Job, rule: Callable[[numpy.ndarray], list[float]], *, from_base: bool
 ) -> LazyTensor:
-    from surgery.kernels.merging import combine
+    from surgery.kernels.merging import combine, combine_bytes
     from surgery.merging.measures import combination
 
     measure = partial(combination, rule=rule, from_base=from_base)
-    return job.tensor(combine, measure=measure, measures_all=True)
+    return job.tensor(combine, measure=measure, measures_all=True, direct=combine_bytes)
 
 
 def _shares(weights: tuple[float, ...], *, normalize: bool) -> tuple[float, ...]:
@@ -183,11 +180,12 @@ def _middle(count: int, densities: tuple[float, ...], gammas: tuple[float, ...])
 
 
 def _trimmed(job: Job, kept: Ranks, *, elect: bool) -> LazyTensor:
-    kernel = _trimming(job.parameters["weight"], elect, job.parameters["normalize"])
+    kernel, direct = _trimming(job.parameters["weight"], elect, job.parameters["normalize"])
     if all(ranks is None for ranks in kept):
-        return job.tensor(partial(kernel, measured=kept))
+        return job.tensor(partial(kernel, measured=kept), direct=partial(direct, measured=kept))
     return job.tensor(
         kernel,
+        direct=direct,
         measure=_bounds(kept, job.compute),
         measures_all=all(ranks is not None and 0 < ranks[0] < ranks[1] for ranks in kept),
     )
@@ -196,10 +194,11 @@ def _trimmed(job: Job, kept: Ranks, *, elect: bool) -> LazyTensor:
 @lru_cache(maxsize=1 << 12)
 def _trimming(
     weights: tuple[float, ...], elect: bool, normalize: bool
-) -> Callable[..., torch.Tensor]:
-    from surgery.kernels.merging import trim
+) -> tuple[Callable[..., torch.Tensor], Callable[..., numpy.ndarray]]:
+    from surgery.kernels.merging import trim, trim_bytes
 
-    return partial(trim, weights=weights, elect=elect, normalize=normalize)
+    how: dict[str, Any] = {"weights": weights, "elect": elect, "normalize": normalize}
+    return partial(trim, **how), partial(trim_bytes, **how)
 
 
 @lru_cache(maxsize=1 << 12)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from surgery.dtypes import DTYPES, DType
 from surgery.merging.finite import checked_after, checked_in_measure
-from surgery.tensor import FileSpan, LazyTensor
+from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import numpy
@@ -64,11 +64,14 @@ class Job:
 
         What isn't finite is looked for in every input as it is read; once, in the result, if the
         kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
-        `direct` does the same on bytes of bfloat16, and is left out where something else is asked.
+        `direct`, told `scale`, does what `kernel` does with bytes of bfloat16, and is left out where
+        something else is asked.
         """
+        from surgery.kernels import compiled
+
         inputs = self.inputs if inputs is None else inputs
         kernel = _ending(kernel, self.compute, self.dtype, self.scale, self.bare)
-        plain = kernel.keywords["rounding"].plain
+        plain = kernel.keywords["rounding"].plain and compiled.takes(inputs)
         if measures_all:
             assert measure is not None
             inputs, measure = checked_in_measure(inputs, measure)
@@ -81,12 +84,8 @@ class Job:
             kernel=kernel,
             rowwise=rowwise,
             measure=measure,
-            direct=direct if plain and all(map(_is_plain, inputs)) else None,
+            direct=partial(direct, scale=self.scale) if direct is not None and plain else None,
         )
-
-
-def _is_plain(tensor: LazyTensor) -> bool:
-    return isinstance(tensor.leaf, FileSpan) and tensor.dtype is DTYPES["BF16"]
 
 
 @lru_cache(maxsize=1 << 12)  # most tensors have the same one

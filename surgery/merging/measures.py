@@ -16,10 +16,11 @@ import numpy
 from surgery.dtypes import DTYPES, DType
 from surgery.kernels import compiled, elementwise, fusion
 from surgery.kernels.merging import Combination, updates
-from surgery.kernels.selection import Search, Window
+from surgery.kernels.selection import Search, Window, magnitudes
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.merging.finite import Inputs, names_of, require_finite, unchecked
 from surgery.on_demand import torch
+from surgery.tensor import LazyTensor
 
 Bounds = tuple[float, float]
 SAMPLE_PLACES, SAMPLE_ROWS, SAMPLE_ELEMENTS = 32, 4, 1 << 16
@@ -110,9 +111,7 @@ def _magnitudes(
     _count_magnitudes(inputs, windows, compute)
     found = {key: window.found for key, window in windows.items()}
     searches = {
-        key: Search([key[1]], compute.torch)
-        for key, magnitude in found.items()
-        if magnitude is None
+        key: Search([key[1]], compute) for key, magnitude in found.items() if magnitude is None
     }
     while not all(search.done for search in searches.values()):
         _count_magnitudes(inputs, searches, compute)
@@ -132,20 +131,19 @@ def _count_magnitudes(
     if not models:
         return
     used = (inputs[0], *(inputs[1 + at] for at in models))
-    names = names_of(used)
-    for rows in blocks(tuple(map(unchecked, used))):
-        base, *tuned = rows
-        if compute is DTYPES["F32"] and compiled.takes(rows):
+    names, plain = names_of(used), tuple(map(unchecked, used))
+    if _in_bytes(plain, compute):
+        for start, stop in ranges(plain):
+            base, *tuned = (tensor.read_bytes(start, stop) for tensor in plain)
             parts = dict(zip(models, tuned, strict=True))
             seen = [counter.count_between(base, parts[at]) for (at, _), counter in counters.items()]
             if not all(seen):
-                require_finite(rows, names)
-            continue
+                require_finite([tensor.read(start, stop) for tensor in plain], names)
+        return
+    for rows in blocks(plain):
         require_finite(rows, names)
-        _, taus = updates(base, tuned, compute)
-        sizes = dict(zip(models, taus, strict=True))
-        for tau in taus:
-            tau.abs_()
+        _, taus = updates(rows[0], rows[1:], compute)
+        sizes = {at: tau.abs_().numpy() for at, tau in zip(models, taus, strict=True)}
         for (at, _), counter in counters.items():
             counter.count(sizes[at])
 
@@ -155,26 +153,35 @@ def _samples(inputs: Inputs, models: Sequence[int], compute: DType) -> dict[int,
     all of a small one."""
     if not models:
         return {}
-    first = inputs[0]
-    rows = max(1, min(SAMPLE_ROWS, first.rows))
-    places = max(SAMPLE_PLACES, -(-SAMPLE_ELEMENTS // (rows * first.width)))
-    starts = range(0, first.rows - rows + 1, max(rows, first.rows // places))
+    like = inputs[0]
+    rows = max(1, min(SAMPLE_ROWS, like.rows))
+    places = max(SAMPLE_PLACES, -(-SAMPLE_ELEMENTS // (rows * like.width)))
+    starts = range(0, like.rows - rows + 1, max(rows, like.rows // places))
     spans: Iterable[tuple[int, int]] = ((at, at + rows) for at in starts)
-    step = max(1, rows * first.width * len(starts) // SAMPLE_ELEMENTS)
-    if first.numel <= BLOCK_ELEMENTS or not all(tensor.streams for tensor in inputs):
+    step = max(1, rows * like.width * len(starts) // SAMPLE_ELEMENTS)
+    if like.numel <= BLOCK_ELEMENTS or not all(tensor.streams for tensor in inputs):
         spans, step = ranges(inputs), 1
-    elif first.width == 1:  # rows of one aren't worth a read each
+    elif like.width == 1:  # rows of one aren't worth a read each
         length = BLOCK_ELEMENTS // 16
-        spans = ((at, at + length) for at in range(0, first.rows - length, first.rows // 4))
+        spans = ((at, at + length) for at in range(0, like.rows - length, like.rows // 4))
         step = 1
+    found: list[list[numpy.ndarray]] = []
     plain = [unchecked(inputs[at]) for at in (0, *(1 + at for at in models))]
-    parts: list[list[torch.Tensor]] = [[] for _ in plain]
     for start, stop in spans:
-        for tensor, found in zip(plain, parts, strict=True):
-            found.append(tensor.read(start, stop).reshape(-1)[::step])
-    base, *tuned = map(torch.cat, parts)
-    _, taus = updates(base, tuned, compute)
-    return {at: numpy.sort(tau.abs_().numpy()) for at, tau in zip(models, taus, strict=True)}
+        if _in_bytes(plain, compute):
+            base, *tuned = (t.read_bytes(start, stop).view(numpy.uint16)[::step] for t in plain)
+            found.append([magnitudes(base, model) for model in tuned])
+        else:
+            first, *others = (t.read(start, stop).reshape(-1)[::step] for t in plain)
+            _, taus = updates(first, others, compute)
+            found.append([tau.abs_().numpy() for tau in taus])
+    sorts = (numpy.sort(numpy.concatenate(parts)) for parts in zip(*found, strict=True))
+    return dict(zip(models, sorts, strict=True))
+
+
+def _in_bytes(inputs: Sequence[LazyTensor], compute: DType) -> bool:
+    """Whether compiled kernels can measure them."""
+    return compute is DTYPES["F32"] and compiled.takes(inputs)
 
 
 def selected_shares(inputs: Inputs, *, topk: float, compute: DType) -> tuple[float, list[float]]:
@@ -202,23 +209,21 @@ def _variance_threshold(inputs: Inputs, topk: float, compute: DType) -> float:
     count = int(there * topk)
     if count == 0:
         return float("inf")
-    search = Search([inputs[0].numel - count], compute.torch)
+    search = Search([inputs[0].numel - count], compute)
     while not search.done:
         for base, *models in blocks(inputs):
             _, taus = updates(base, models, compute)
-            search.count(elementwise.variance(taus))
+            search.count(elementwise.variance(taus).numpy())
         search.narrow()
     return search.found[0]
 
 
 def importance_bound(inputs: Inputs, *, compute: DType) -> float:
     """For Arcee Fusion: the importance from which on an update is taken over."""
-    search = Search(
-        fusion.quartile_ranks(inputs[0].numel) if inputs[0].numel else [], compute.torch
-    )
+    search = Search(fusion.quartile_ranks(inputs[0].numel) if inputs[0].numel else [], compute)
     while not search.done:
         for base, model in blocks(inputs):
-            search.count(fusion.importance(base, model, compute))
+            search.count(fusion.importance(base, model, compute).numpy())
         search.narrow()
     return fusion.outlier_bound(search.found) if inputs[0].numel else 0.0
 

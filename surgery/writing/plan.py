@@ -52,9 +52,9 @@ class Plan:
 
     @property
     def needs_torch(self) -> bool:
-        """Whether something has to be computed that there is no `direct` way for."""
+        """Whether something has to be computed by it."""
         computed = (self.weights[name] for name in self.computed)
-        return any(tensor.direct is None or tensor.tally is not None for tensor in computed)
+        return any(tensor.needs_torch or tensor.tally is not None for tensor in computed)
 
     @property
     def weight_bytes(self) -> int:

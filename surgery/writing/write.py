@@ -315,7 +315,7 @@ def _compute(
         rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
         data = as_bytes(rows.contiguous())
     else:
-        data = tensor.read_bytes(start, stop)
+        data = tensor.read_bytes(start, stop).data
     assert len(data) == (stop - start) * tensor.width * tensor.dtype.bits // 8
     shard.write(data, offset)
     return len(data), tally
