@@ -254,7 +254,9 @@ def test_what_is_too_large_comes_of_finite_inputs(
 
 
 @built
-@pytest.mark.parametrize(("method", "merged"), [("task_arithmetic", 0.75), ("ties", 0.375)])
+@pytest.mark.parametrize(
+    ("method", "merged"), [("task_arithmetic", 0.75), ("ties", 0.375), ("multislerp", 0.375)]
+)
 def test_merges_without_torch(tmp_path: Path, method: str, merged: float) -> None:
     """What the system copies and what kernels make of bytes takes no second to start."""
     for at in range(3):

@@ -204,6 +204,7 @@ def test_what_isnt_finite_is_named(tmp_path: Path, bad: float, dtype: torch.dtyp
         task_vector(base, model),
         merge([model, tuned], base=base, method="ties"),
         merge([tuned], base=model, method="task_arithmetic"),
+        merge([tuned], base=model, method="slerp", t=0.5),
         apply(model, task_vector(model, tuned)),
     ):
         with pytest.raises(FormatError, match=r"^w of .*broken holds NaN or infinity"):

@@ -42,7 +42,7 @@ def sha256_of_all(
     def work(path: Path) -> None:
         found[path] = sha256(path, progress)
 
-    run_all(iter(wanted), work, threads)
+    run_all(iter(wanted), work, threads, with_torch=False)
     return {path: found[path] for path in wanted}
 
 

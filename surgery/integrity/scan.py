@@ -95,7 +95,7 @@ def scan(
         if progress is not None and job.tensor is not None:
             progress(job.stop - job.start)
 
-    run_all(_parts(files, hashed), work, threads)
+    run_all(_parts(files, hashed), work, threads, with_torch=False)
     return found, {file: digest.hexdigest() for file, digest in digests.items()}
 
 

@@ -19,6 +19,7 @@ import numpy
 
 from surgery.anatomy import Anatomy
 from surgery.files import InputFile
+from surgery.kernels.numbers import in_float64
 from surgery.tensor import FileSpan, LazyTensor
 
 SAMPLE = 1 << 20
@@ -115,10 +116,11 @@ def _file(tensor: LazyTensor) -> InputFile:
 def _channels(tensor: LazyTensor) -> numpy.ndarray:
     """The ranks of the channels by size; equal ones share the middle of theirs."""
     width = tensor.shape[-1]
-    if len(tensor.shape) == 1:
-        rows = tensor.read()
-    else:
-        rows = tensor.read(0, min(tensor.rows, max(1, SAMPLE // width)))
-    size = rows.double().square().reshape(-1, width).mean(0).numpy()
+    rows = tensor.rows
+    if len(tensor.shape) > 1:
+        rows = min(rows, max(1, SAMPLE // width))
+    numbers = in_float64(tensor.read_bytes(0, rows), tensor.dtype).reshape(-1, width)
+    with numpy.errstate(over="ignore", invalid="ignore"):  # of what isn't finite
+        size = (numbers**2).mean(0)
     _, place, count = numpy.unique(size, return_inverse=True, return_counts=True)
     return (numpy.cumsum(count) - (count - 1) / 2)[place]

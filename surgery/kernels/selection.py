@@ -19,6 +19,7 @@ import numpy
 
 from surgery.dtypes import DTYPES, DType
 from surgery.kernels import compiled
+from surgery.kernels.numbers import widened
 
 BINS = 1 << 16
 
@@ -179,13 +180,8 @@ def _leading_bits(flat: numpy.ndarray, level: int) -> numpy.ndarray:
 def magnitudes(base: numpy.ndarray, model: numpy.ndarray) -> numpy.ndarray:
     """|model - base| in float32, of values of bfloat16, given as bytes or as they lie in 16 bits."""
     with numpy.errstate(over="ignore", invalid="ignore"):
-        made: numpy.ndarray = numpy.abs(_widened(model) - _widened(base))
+        made: numpy.ndarray = numpy.abs(widened(model) - widened(base))
     return made
-
-
-def _widened(values: numpy.ndarray) -> numpy.ndarray:
-    """The upper half of a float32 is the bfloat16."""
-    return (values.view(numpy.uint16).astype(numpy.uint32) << 16).view(numpy.float32)
 
 
 def order_statistics(values: numpy.ndarray, ranks: Sequence[int]) -> list[float]:

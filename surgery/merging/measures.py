@@ -16,6 +16,7 @@ import numpy
 from surgery.dtypes import DTYPES, DType
 from surgery.kernels import compiled, elementwise, fusion
 from surgery.kernels.merging import Combination, updates
+from surgery.kernels.numbers import in_float64
 from surgery.kernels.selection import Search, Window, magnitudes
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.merging.finite import Inputs, names_of, require_finite, unchecked
@@ -66,8 +67,7 @@ def gram(inputs: Inputs, *, from_base: bool) -> numpy.ndarray:
     sums: dict[tuple[int, int], list[float]] = {
         (i, j): [] for i in range(count) for j in range(i, count)
     }
-    for parts in blocks(inputs):
-        wide = [part.to(torch.float64).reshape(-1).numpy() for part in parts]
+    for wide in _wide_blocks(inputs):
         if from_base:
             wide = [part - wide[0] for part in wide[1:]]
         for (i, j), found in sums.items():
@@ -76,6 +76,20 @@ def gram(inputs: Inputs, *, from_base: bool) -> numpy.ndarray:
     for (i, j), found in sums.items():
         made[i, j] = made[j, i] = fsum(found)
     return made
+
+
+def _wide_blocks(inputs: Inputs) -> Iterator[list[numpy.ndarray]]:
+    """The inputs, some rows of all at a time, flat and in float64."""
+    names, plain = names_of(inputs), tuple(map(unchecked, inputs))
+    if not compiled.takes(plain):
+        for parts in blocks(inputs):
+            yield [part.to(torch.float64).reshape(-1).numpy() for part in parts]
+        return
+    for start, stop in ranges(plain):
+        found = [tensor.read_bytes(start, stop) for tensor in plain]
+        if not all(map(compiled.finite, found)):
+            require_finite([tensor.read(start, stop) for tensor in plain], names)
+        yield [in_float64(values, DTYPES["BF16"]) for values in found]
 
 
 def magnitude_bounds(

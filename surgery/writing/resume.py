@@ -134,7 +134,8 @@ def checked(
         if progress is not None:
             progress(shard.size - len(shard.head))
 
-    run_all((shard for shard in shards if shard.name in found), check, threads)
+    there = (shard for shard in shards if shard.name in found)
+    run_all(there, check, threads, with_torch=False)
     return kept
 
 
