@@ -108,7 +108,8 @@ class LazyTensor:
 
     `direct` goes with a row-wise kernel: it makes the bytes of the rows that the kernel makes of the
     bytes of those of its inputs, quicker and without torch, which takes longer to import than many
-    a model takes to merge; or None, and the kernel has to, which can also say what is wrong.
+    a model takes to merge; or None, and the kernel has to, which can also say what is wrong. With a
+    `tally` it makes the number too.
 
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.
@@ -123,7 +124,7 @@ class LazyTensor:
     rowwise: bool = True
     tally: Callable[..., tuple[torch.Tensor, float]] | None = None
     measure: Callable[[tuple[LazyTensor, ...]], Any] | None = None
-    direct: Callable[..., numpy.ndarray | None] | None = None
+    direct: Callable[..., Any] | None = None
     exact: LazyTensor | None = None
 
     def __post_init__(self) -> None:
@@ -170,7 +171,9 @@ class LazyTensor:
         if (made := self._directly(start, stop)) is not None:
             import torch
 
-            return torch.from_numpy(made).view(self.dtype.torch).view(self.shape_of(stop - start))
+            return (
+                torch.from_numpy(made[0]).view(self.dtype.torch).view(self.shape_of(stop - start))
+            )
         return self._rows(start, stop)
 
     def read_bytes(self, start: int, stop: int) -> numpy.ndarray:
@@ -179,13 +182,17 @@ class LazyTensor:
         if isinstance(self.leaf, FileSpan):
             return self.leaf.read_bytes(self, start, stop)
         if (made := self._directly(start, stop)) is not None:
-            return made
-        import numpy
+            return made[0]
+        return self._bytes_of(self._rows(start, stop))
 
-        rows = self._rows(start, stop)
-        assert rows.dtype == self.dtype.torch
-        assert rows.numel() == (stop - start) * self.width
-        return numpy.frombuffer(as_bytes(rows.contiguous()), numpy.uint8)
+    def read_tallied(self, start: int, stop: int) -> tuple[numpy.ndarray, float | None]:
+        """`read_bytes`, and the tally of these rows if there is one."""
+        if self.tally is None:
+            return self.read_bytes(start, stop), None
+        if (made := self._directly(start, stop)) is not None:
+            return made
+        rows, number = self.tally(*self.read_inputs(start, stop))
+        return self._bytes_of(rows), number
 
     @property
     def needs_torch(self) -> bool:
@@ -194,13 +201,19 @@ class LazyTensor:
             return False
         return self.direct is None or any(tensor.needs_torch for tensor in self.inputs)
 
-    def _directly(self, start: int, stop: int) -> numpy.ndarray | None:
+    def _bytes_of(self, rows: torch.Tensor) -> numpy.ndarray:
+        import numpy
+
+        assert rows.dtype == self.dtype.torch
+        return numpy.frombuffer(as_bytes(rows.contiguous()), numpy.uint8)
+
+    def _directly(self, start: int, stop: int) -> tuple[numpy.ndarray, float | None] | None:
         if self.direct is None or (stop - start) * self.width == 0:  # torch views no empty bytes
             return None
         given = [tensor.read_bytes(start, stop) for tensor in self.inputs]
-        if self.measure is None:
-            return self.direct(*given)
-        return self.direct(*given, measured=self.measured)
+        found = {} if self.measure is None else {"measured": self.measured}
+        made = self.direct(*given, **found)
+        return made if made is None or self.tally is not None else (made, None)
 
     def _rows(self, start: int, stop: int) -> torch.Tensor:
         if self.leaf is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 import subprocess
@@ -21,7 +22,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from merging import lazily
 
-from surgery import Checkpoint, merge, open_checkpoint, write
+from surgery import Checkpoint, lines, merge, open_checkpoint, write
 from surgery.dtypes import DTYPES
 from surgery.kernels import compiled
 from surgery.kernels.merging import (
@@ -33,6 +34,7 @@ from surgery.kernels.merging import (
     trim_bytes,
 )
 from surgery.kernels.selection import Window
+from surgery.kernels.updates import scale_and_square, scale_and_square_bytes
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no compiler to build it")
 INFINITE = float("inf")
@@ -194,6 +196,39 @@ def test_finite(seed: int, size: int, odd: float | None, where: float) -> None:
     assert compiled.finite(in_bytes(values)) == bool(values.isfinite().all())
 
 
+@built
+@settings(deadline=None, max_examples=200)
+@given(st.integers(0, 1000), SIZES)
+def test_square(seed: int, size: int) -> None:
+    """16 sums side by side, which is what decides the last bits."""
+    base, model = inputs(seed, size, 1)
+    taus = model.float().sub(base.float()).double().tolist()
+    sums = [0.0] * 16
+    for at, tau in enumerate(taus):
+        sums[at % 16] += tau * tau
+    total = 0.0
+    for lane in sums:
+        total += lane
+    found = compiled.square(in_bytes(base), in_bytes(model))
+    assert found == total or (math.isnan(found) and math.isnan(total))
+    assert math.isfinite(found) == all(map(math.isfinite, taus))
+
+
+@built
+@settings(deadline=None, max_examples=100)
+@given(st.integers(0, 1000), SIZES, st.sampled_from([0.0, 0.4, 1.0, 1.5]))
+def test_scale_and_square(seed: int, size: int, scale: float) -> None:
+    base, tuned = inputs(seed, size, 1)
+    how: dict[str, Any] = {"scale": scale, "compute": DTYPES["F32"], "dtype": DTYPES["BF16"]}
+    wanted, square = scale_and_square(base, tuned, **how)
+    made = scale_and_square_bytes(in_bytes(base), in_bytes(tuned), scale=scale)
+    if made is None:
+        assert not (math.isfinite(square) and bool(wanted.isfinite().all()))
+    else:
+        same_values(made[0], wanted)
+        assert made[1] == pytest.approx(square, rel=1e-5)
+
+
 GIVEN: dict[str, dict[str, object]] = {
     "ties": {"density": 0.3},
     "breadcrumbs": {"density": 0.4, "gamma": 0.05},
@@ -254,6 +289,29 @@ def test_what_is_too_large_comes_of_finite_inputs(
 
 
 @built
+def test_lines_are_the_same_byte_for_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Path]
+) -> None:
+    """With a scale of 1 for the last block, whose update is looked at all the same."""
+    folders = [make_model(name=f"m{seed}", seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
+
+    def made(name: str) -> tuple[bytes, Any]:
+        base, tuned = map(open_checkpoint, folders)
+        write(lines(base, tuned, alpha=0.4), tmp_path / name)
+        record = json.loads((tmp_path / name / "surgery.json").read_text())
+        return (tmp_path / name / "model.safetensors").read_bytes(), record["norms"]
+
+    with called("square", "combine"):
+        quick, norms = made("quick")
+    monkeypatch.setattr(compiled, "library", lambda: None)
+    slow, others = made("slow")
+    assert quick == slow
+    for one, other in zip(norms["blocks"].values(), others["blocks"].values(), strict=True):
+        for block, same in zip(one, other, strict=True):
+            assert block == pytest.approx(same, rel=1e-4)
+
+
+@built
 @pytest.mark.parametrize(
     ("method", "merged"), [("task_arithmetic", 0.75), ("ties", 0.375), ("multislerp", 0.375)]
 )
@@ -262,19 +320,34 @@ def test_merges_without_torch(tmp_path: Path, method: str, merged: float) -> Non
     for at in range(3):
         tensors = {"w": torch.full((70, 30), at / 4).bfloat16(), "n": torch.ones(3).bfloat16()}
         save_raw(tmp_path / f"model{at}", tensors, config={"model_type": "toy"})
-    code = (
-        "import sys\n"
-        "from surgery import merge, open_checkpoint, write\n"
+    run_without_torch(
         "base, *models = map(open_checkpoint, sys.argv[2:5])\n"
-        "write(merge(models, base=base, method=sys.argv[1]), sys.argv[5])\n"
-        "assert 'torch' not in sys.modules\n"
+        "write(merge(models, base=base, method=sys.argv[1]), 'out')\n",
+        tmp_path,
+        method,
+        *("model0", "model1", "model2"),
     )
-    folders = [str(tmp_path / name) for name in ("model0", "model1", "model2", "out")]
-    # elsewhere, where the package that is imported is the one that was installed, and built
-    subprocess.run([sys.executable, "-c", code, method, *folders], check=True, cwd=tmp_path)
     made = open_checkpoint(tmp_path / "out")
     assert made["w"].read().eq(merged).all()
     assert made["n"].read().eq(1).all()
+
+
+@built
+def test_lines_without_torch(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    folders = [make_model(name=f"m{seed}", seed=seed, dtype=torch.bfloat16) for seed in (0, 1)]
+    run_without_torch(
+        "write(lines(*map(open_checkpoint, sys.argv[1:]), alpha=0.4), 'out')\n",
+        tmp_path,
+        *map(str, folders),
+    )
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def run_without_torch(code: str, folder: Path, *arguments: str) -> None:
+    """In a process of its own, in a folder that isn't the project's: the package that is imported
+    is the one that was installed, and built."""
+    code = f"import sys\nfrom surgery import lines, merge, open_checkpoint, write\n{code}assert 'torch' not in sys.modules\n"
+    subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=folder)
 
 
 @built

@@ -21,6 +21,7 @@
 #endif
 
 #define TILE 512
+#define LANES 16
 #define MOST_MODELS 16
 
 static inline float widened(uint16_t bits) {
@@ -166,6 +167,24 @@ VECTORISED int64_t surgery_window(
     *found = used;
     *finite = largest < 0x7F800000;
     return below;
+}
+
+/* The sum of the squares of model - base, in float64: entries LANES apart are added up in order, and
+ * then these sums, so it is the same however wide the vectors are. */
+VECTORISED double surgery_square(int64_t count, const uint16_t *base, const uint16_t *model) {
+    double sums[LANES] = {0}, total = 0;
+    int64_t at = 0;
+    for (; at + LANES <= count; at += LANES)
+        for (int lane = 0; lane < LANES; lane++) {
+            float tau = widened(model[at + lane]) - widened(base[at + lane]);
+            sums[lane] += (double)tau * tau;
+        }
+    for (int lane = 0; at < count; at++, lane++) {
+        float tau = widened(model[at]) - widened(base[at]);
+        sums[lane] += (double)tau * tau;
+    }
+    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
+    return total;
 }
 
 /* Whether every value is finite. */

@@ -54,6 +54,8 @@ def library() -> ctypes.CDLL | None:
         count, address, address, numbers, ctypes.POINTER(count), address, ctypes.POINTER(count),
         ctypes.POINTER(ctypes.c_int),
     ]  # fmt: skip
+    loaded.surgery_square.restype = ctypes.c_double
+    loaded.surgery_square.argtypes = [count, address, address]
     loaded.surgery_finite.restype = ctypes.c_int
     loaded.surgery_finite.argtypes = [count, address]
     return loaded
@@ -139,6 +141,12 @@ def window(base: numpy.ndarray, model: numpy.ndarray, marks: Sequence[float]) ->
     return Counted(
         below, [equal[place] for place in places], near[: found.value].copy(), bool(finite.value)
     )
+
+
+def square(base: numpy.ndarray, model: numpy.ndarray) -> float:
+    """||model - base||^2: of differences in float32, summed up in float64."""
+    found: float = _loaded().surgery_square(len(base) // 2, base.ctypes.data, model.ctypes.data)
+    return found
 
 
 def finite(values: numpy.ndarray) -> bool:

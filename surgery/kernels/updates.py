@@ -5,7 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy
+
 from surgery.dtypes import DType
+from surgery.kernels import compiled
 from surgery.on_demand import torch
 
 
@@ -75,6 +78,20 @@ def scale_and_square(
     if scale == 0:
         return start.to(dtype.torch), square
     return update.mul_(scale).add_(start).to(dtype.torch), square
+
+
+def scale_and_square_bytes(
+    base: numpy.ndarray, tuned: numpy.ndarray, *, scale: float
+) -> tuple[numpy.ndarray, float] | None:
+    """`scale_and_square` of bytes of bfloat16; None where an input, or what comes out, isn't
+    finite."""
+    square = compiled.square(base, tuned)
+    if not math.isfinite(square):
+        return None
+    if scale in (0, 1):
+        return (tuned if scale else base), square
+    made = compiled.combine(base, [tuned], 0.0, [scale], 1.0)
+    return (made, square) if compiled.finite(made) else None
 
 
 def _square(update: torch.Tensor) -> float:

@@ -12,6 +12,7 @@ from surgery.files import as_bytes
 from surgery.tensor import LazyTensor
 
 if TYPE_CHECKING:
+    import numpy
     import torch
 
 Inputs = tuple[LazyTensor, ...]
@@ -39,8 +40,15 @@ def called(model: Checkpoint, name: str) -> str:
 
 def known_finite(tensor: LazyTensor, where: str) -> LazyTensor:
     """`tensor`, called `where` in the error that its reading ends with if it isn't finite."""
-    kernel = partial(_require_finite, where=where)
-    return LazyTensor(tensor.shape, tensor.dtype, inputs=(tensor,), kernel=kernel)
+    from surgery.kernels import compiled
+
+    return LazyTensor(
+        tensor.shape,
+        tensor.dtype,
+        inputs=(tensor,),
+        kernel=partial(_require_finite, where=where),
+        direct=_if_finite if compiled.takes((tensor,)) else None,
+    )
 
 
 def unchecked(tensor: LazyTensor) -> LazyTensor:
@@ -133,6 +141,12 @@ def _require_finite(rows: torch.Tensor, *, where: str) -> torch.Tensor:
             f"damaged, or training diverged"
         )
     return rows
+
+
+def _if_finite(values: numpy.ndarray) -> numpy.ndarray | None:
+    from surgery.kernels import compiled
+
+    return values if compiled.finite(values) else None
 
 
 def _is_finite(rows: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from surgery.anatomy import Anatomy, Place, Role
 from surgery.anatomy.scopes import names_in_scope
 from surgery.checkpoint import Checkpoint, Edit
-from surgery.dtypes import DType
+from surgery.dtypes import DTYPES, DType
 from surgery.errors import ArgumentError
 from surgery.merging.finite import Kernel, Tally, called, finite, looking_after, values_of
 from surgery.operations.dequantize import computable
@@ -113,6 +113,9 @@ def _scaled_update(
     base: Checkpoint, start: str, tuned: Checkpoint, name: str, scale: float
 ) -> LazyTensor:
     """`start` of base + scale * (`name` of tuned - `start` of base), in the type of `name`."""
+    from surgery.kernels import compiled
+    from surgery.kernels.updates import scale_and_square_bytes
+
     like = tuned[name]
     inputs = values_of(base, start), values_of(tuned, name)
     kernel, tally = _kernels(scale, inputs[0].dtype, inputs[1].dtype, like.dtype)
@@ -120,7 +123,11 @@ def _scaled_update(
         inputs = finite(base, start), finite(tuned, name)
     else:
         kernel, tally = looking_after((called(base, start), called(tuned, name)), kernel, tally)
-    return LazyTensor(like.shape, like.dtype, inputs=inputs, kernel=kernel, tally=tally)
+    plain = like.dtype is DTYPES["BF16"] and compiled.takes(inputs)
+    direct = partial(scale_and_square_bytes, scale=scale) if plain else None
+    return LazyTensor(
+        like.shape, like.dtype, inputs=inputs, kernel=kernel, tally=tally, direct=direct
+    )
 
 
 @lru_cache(maxsize=1 << 12)  # the tensors of a block have the same ones

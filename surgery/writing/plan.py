@@ -53,8 +53,7 @@ class Plan:
     @property
     def needs_torch(self) -> bool:
         """Whether something has to be computed by it."""
-        computed = (self.weights[name] for name in self.computed)
-        return any(tensor.needs_torch or tensor.tally is not None for tensor in computed)
+        return any(self.weights[name].needs_torch for name in self.computed)
 
     @property
     def weight_bytes(self) -> int:

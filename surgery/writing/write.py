@@ -12,7 +12,6 @@ from typing import Any
 
 from surgery.checkpoint import RECORD, Checkpoint, Weights
 from surgery.errors import OutputError
-from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.integrity.seal import input_digests, seal
 from surgery.opening import INDEX_SUFFIX, open_checkpoint, open_tensors
@@ -310,15 +309,10 @@ def _compute(
     shard: OpenShard, tensor: LazyTensor, start: int, stop: int, offset: int
 ) -> tuple[int, float | None]:
     """Write rows at `offset` of the shard. Returns the bytes written, and the rows' tally."""
-    tally = None
-    if tensor.tally is not None:
-        rows, tally = tensor.tally(*tensor.read_inputs(start, stop))
-        data = as_bytes(rows.contiguous())
-    else:
-        data = tensor.read_bytes(start, stop).data
-    assert len(data) == (stop - start) * tensor.width * tensor.dtype.bits // 8
-    shard.write(data, offset)
-    return len(data), tally
+    made, tally = tensor.read_tallied(start, stop)
+    assert made.nbytes == (stop - start) * tensor.width * tensor.dtype.bits // 8
+    shard.write(made.data, offset)
+    return made.nbytes, tally
 
 
 def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) -> None:
