@@ -32,8 +32,8 @@ from surgery.writing.staging import Stage, check_target, publish, staged_bytes, 
 BLOCK_ELEMENTS = 1 << 19
 """Elements computed at a time: 2 MB in float32. Fewer, and threads wait for each other's turn in the
 interpreter; more, and what one operation leaves isn't in a cache any more for the next."""
-BARE_MEMORY = 250_000_000
-"""Bytes that a Python process with torch in it takes before it does anything."""
+BARE_MEMORY, WITH_TORCH = 60_000_000, 250_000_000
+"""Bytes that a Python process takes before it does anything, and one with torch in it."""
 COPY_BYTES = 1 << 26
 """Bytes copied at a time: enough to keep calls few, little enough to share among threads."""
 
@@ -192,14 +192,15 @@ def check_space(layout: Plan, target: Path) -> None:
 
 
 def peak_memory(layout: Plan, threads: int | None = None) -> int:
-    """Bytes of memory that writing takes at its peak, about: Python and torch, and what each
-    thread holds of a block: its inputs, as many temporaries, and the result."""
+    """Bytes of memory that writing takes at its peak, about: Python, with torch where that is needed,
+    and what each thread holds of a block: its inputs, as many temporaries, and the result."""
     most = 0
     for name in layout.computed:
         tensor = layout.weights[name]
         rows = max(tensor.width, BLOCK_ELEMENTS) if tensor.streams else tensor.numel
         most = max(most, rows * 4 * (2 * len(tensor.inputs) + 1))
-    return BARE_MEMORY + (threads or default_threads()) * most
+    bare = WITH_TORCH if layout.needs_torch else BARE_MEMORY
+    return bare + (threads or default_threads()) * most
 
 
 # One thing to do: bytes to copy to an offset, or rows to compute, in a shard; or a measure.
