@@ -36,8 +36,16 @@ class Leaf(Protocol):
     def read(self, tensor: LazyTensor, start: int, stop: int) -> torch.Tensor: ...
 
 
+class BytesLeaf:
+    """A leaf whose bytes can be had without torch."""
+
+    def read_bytes(self, tensor: LazyTensor, start: int, stop: int) -> numpy.ndarray:
+        """The bytes of rows `start` to `stop`."""
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class FileSpan:
+class FileSpan(BytesLeaf):
     """`length` bytes of `file` from byte `offset`: the leaf of a tensor that lies in a file."""
 
     file: InputFile
@@ -106,8 +114,8 @@ class LazyTensor:
     these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
     statistic which only reports needs no pass of its own.
 
-    `direct` goes with a row-wise kernel: it makes the bytes of the rows that the kernel makes of the
-    bytes of those of its inputs, quicker and without torch, which takes longer to import than many
+    `direct` goes with a kernel: it makes the bytes of the rows (of the whole, if that isn't row-wise)
+    that the kernel makes of the bytes of those of its inputs, quicker and without torch, which takes longer to import than many
     a model takes to merge; or None, and the kernel has to, which can also say what is wrong. With a
     `tally` it makes the number too.
 
@@ -179,7 +187,7 @@ class LazyTensor:
     def read_bytes(self, start: int, stop: int) -> numpy.ndarray:
         """The bytes of rows `start` to `stop`, as they are written; without torch if not
         `needs_torch`."""
-        if isinstance(self.leaf, FileSpan):
+        if isinstance(self.leaf, BytesLeaf):
             return self.leaf.read_bytes(self, start, stop)
         if (made := self._directly(start, stop)) is not None:
             return made[0]
@@ -197,7 +205,7 @@ class LazyTensor:
     @property
     def needs_torch(self) -> bool:
         """Whether its bytes can't be had without torch, if nothing is wrong with them."""
-        if isinstance(self.leaf, FileSpan):
+        if isinstance(self.leaf, BytesLeaf):
             return False
         return self.direct is None or any(tensor.needs_torch for tensor in self.inputs)
 
@@ -209,6 +217,8 @@ class LazyTensor:
 
     def _directly(self, start: int, stop: int) -> tuple[numpy.ndarray, float | None] | None:
         if self.direct is None or (stop - start) * self.width == 0:  # torch views no empty bytes
+            return None
+        if not self.rowwise and stop - start < self.rows:
             return None
         given = [tensor.read_bytes(start, stop) for tensor in self.inputs]
         found = {} if self.measure is None else {"measured": self.measured}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from surgery.dtypes import DTYPES, DType
-from surgery.tensor import LazyTensor
+from surgery.tensor import BytesLeaf, LazyTensor
 
 if TYPE_CHECKING:
     import numpy
@@ -67,7 +67,7 @@ class _Held:
 
 
 @dataclass(frozen=True)
-class _Noise:
+class _Noise(BytesLeaf):
     """The generator PCG64 (O'Neill 2014, its DXSM variant), which can be moved to any position
     without the ones before it. A step gives 64 bits, and an element takes half of them."""
 
@@ -77,12 +77,22 @@ class _Noise:
         import numpy
         import torch
 
+        values = self.read_bytes(tensor, start, stop).view(numpy.float32)
+        return torch.from_numpy(values).reshape(tensor.shape_of(stop - start))
+
+    def read_bytes(self, tensor: LazyTensor, start: int, stop: int) -> numpy.ndarray:
+        import numpy
+
+        from surgery.kernels import compiled
+
         first, last = start * tensor.width, stop * tensor.width
         generator = numpy.random.PCG64DXSM(self.key)
         generator.advance(first // 2)
+        if compiled.library() is not None:
+            return compiled.noise(last - first, first, generator)
         words = generator.random_raw((last + 1) // 2 - first // 2).astype("<u8", copy=False)
         halves = words.view("<u4")[first % 2 :][: last - first]
         values = (halves >> numpy.uint32(8)).astype(numpy.float32)  # 24 bits: exact
         values *= numpy.float32(2**-23)
         values -= numpy.float32(1)
-        return torch.from_numpy(values).reshape(tensor.shape_of(stop - start))
+        return values.view(numpy.uint8)

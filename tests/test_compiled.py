@@ -30,11 +30,14 @@ from surgery.kernels.merging import (
     Rounding,
     combine,
     combine_bytes,
+    drop,
+    drop_bytes,
     trim,
     trim_bytes,
 )
 from surgery.kernels.selection import Window
 from surgery.kernels.updates import scale_and_square, scale_and_square_bytes
+from surgery.values import noise
 
 built = pytest.mark.skipif(compiled.library() is None, reason="there was no compiler to build it")
 INFINITE = float("inf")
@@ -160,6 +163,63 @@ def test_trim(
     same_values(trim_bytes(*map(in_bytes, tensors), **how, scale=scale, measured=bounds), wanted)
 
 
+ODDS = st.sampled_from([(0.5, 0.1), (0.3, 0.0), (0.9, 0.1), (1.0, 0.0), (0.05, 0.04), (1, 0.1)])
+
+
+@built
+@settings(deadline=None, max_examples=300)
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([(0, 3), (1, 1), (3, 1), (1, 700), (5, 33), (2, 512), (3, 1025)]),
+    st.lists(st.tuples(NUMBERS, ODDS), min_size=1, max_size=4),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([1.0, 0.7, -1.0]),
+)
+def test_drop(
+    seed: int,
+    shape: tuple[int, int],
+    models: list[tuple[float, tuple[float, float]]],
+    by_rank: bool,
+    rescale: bool,
+    elect: bool,
+    normalize: bool,
+    scale: float,
+) -> None:
+    """With magnitudes that are equal, rows that are longer than a tile, and columns."""
+    tensors = [t.view(shape) for t in inputs(seed, math.prod(shape), len(models))]
+    noises = [noise(shape, seed, str(at)).read() for at in range(len(models))]
+    how: dict[str, Any] = {
+        "weights": [weight for weight, _ in models],
+        "densities": [density for _, (density, _) in models],
+        "spreads": [spread for _, (_, spread) in models] if by_rank else None,
+        "rescale": rescale,
+        "elect": elect,
+        "normalize": normalize,
+    }
+    given = [in_bytes(tensor.reshape(-1)) for tensor in (*tensors, *noises)]
+    made = drop_bytes(*given, width=shape[-1], scale=scale, **how)
+    rounding = Rounding(DTYPES["F32"], DTYPES["BF16"], scale)
+    same_values(made, drop(*tensors, *noises, rounding=rounding, **how).reshape(-1))
+
+
+@built
+@given(st.integers(0, 5), st.integers(1, 9), st.integers(0, 30), st.integers(0, 20))
+def test_noise(seed: int, width: int, start: int, rows: int) -> None:
+    """That of numpy's generator, from wherever."""
+    values = noise((50, width), seed, "w")
+    quick = values.read_bytes(start, start + rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiled, "library", lambda: None)
+        assert quick.tobytes() == values.read_bytes(start, start + rows).tobytes()
+        whole = values.read_bytes(0, 50).view(numpy.float32)
+    assert numpy.array_equal(
+        quick.view(numpy.float32), whole[start * width : (start + rows) * width]
+    )
+
+
 @built
 @settings(deadline=None, max_examples=200)
 @given(st.integers(0, 1000), SIZES, st.floats(0, 1))
@@ -233,12 +293,18 @@ GIVEN: dict[str, dict[str, object]] = {
     "ties": {"density": 0.3},
     "breadcrumbs": {"density": 0.4, "gamma": 0.05},
     "breadcrumbs_ties": {"density": 0.4, "gamma": 0.05},
+    "dare_linear": {"density": 0.6},
+    "dare_ties": {"density": 0.6, "rescale": False},
+    "della": {"density": 0.6, "epsilon": 0.2},
+    "della_linear": {"density": 0.6},
     "linear": {"weight": 0.4},
     "task_arithmetic": {"weight": 0.7, "lambda": 0.6},
     "slerp": {"t": 0.3},
 }
 
-USED = dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), ("window", "trim"))
+USED = dict.fromkeys(("ties", "breadcrumbs", "breadcrumbs_ties"), ("window", "trim")) | (
+    dict.fromkeys(("dare_linear", "dare_ties", "della", "della_linear"), ("noise", "drop"))
+)
 
 
 @built
@@ -253,7 +319,8 @@ def test_files_are_the_same_byte_for_byte(
     for at in range(3):
         tuned = start + at * torch.randn(start.shape, generator=generator).mul(0.001)
         folders.append(tmp_path / f"model{at}")
-        save_raw(folders[-1], {"w": tuned.bfloat16()}, config={"model_type": "toy"})
+        tensors = {"w": tuned.bfloat16(), "v": tuned[7].bfloat16()}
+        save_raw(folders[-1], tensors, config={"model_type": "toy"})
     base, *others = map(open_checkpoint, folders)
     models = others[:1] if method == "slerp" else others
 
@@ -312,24 +379,28 @@ def test_lines_are_the_same_byte_for_byte(
 
 
 @built
-@pytest.mark.parametrize(
-    ("method", "merged"), [("task_arithmetic", 0.75), ("ties", 0.375), ("multislerp", 0.375)]
-)
-def test_merges_without_torch(tmp_path: Path, method: str, merged: float) -> None:
+@pytest.mark.parametrize("method", GIVEN)
+def test_merges_without_torch(tmp_path: Path, method: str) -> None:
     """What the system copies and what kernels make of bytes takes no second to start."""
     for at in range(3):
-        tensors = {"w": torch.full((70, 30), at / 4).bfloat16(), "n": torch.ones(3).bfloat16()}
+        step = torch.arange(2100.0).view(70, 30).mul(at / 2100)
+        tensors = {"w": step.bfloat16(), "n": torch.full((9,), at / 4).bfloat16()}
         save_raw(tmp_path / f"model{at}", tensors, config={"model_type": "toy"})
+    folders = ["model0", "model1", "model2"][: 2 if method == "slerp" else 3]
     run_without_torch(
-        "base, *models = map(open_checkpoint, sys.argv[2:5])\n"
-        "write(merge(models, base=base, method=sys.argv[1]), 'out')\n",
+        "import json\n"
+        "base, *models = map(open_checkpoint, sys.argv[3:])\n"
+        "given = json.loads(sys.argv[2])\n"
+        "write(merge(models, base=base, method=sys.argv[1], **given), 'out')\n",
         tmp_path,
-        method,
-        *("model0", "model1", "model2"),
+        *(method, json.dumps(GIVEN[method]), *folders),
     )
+    base, *models = (open_checkpoint(tmp_path / folder) for folder in folders)
+    wanted = merge(models, base=base, method=method, **GIVEN[method])
     made = open_checkpoint(tmp_path / "out")
-    assert made["w"].read().eq(merged).all()
-    assert made["n"].read().eq(1).all()
+    for name in ("w", "n"):
+        slow = replace(wanted[name], direct=None).whole()
+        assert torch.equal(made[name].whole(), slow)
 
 
 @built
@@ -364,18 +435,19 @@ def test_what_needs_torch(tmp_path: Path) -> None:
     assert not model["w"].needs_torch
     assert not needed(model)
     assert not needed(merge([model], base=model, method="task_arithmetic"))  # in no file
-    assert needed(merge([model], base=model, method="dare_ties", density=0.5))
+    assert needed(merge([model], base=model, method="magmax"))
     assert needed(model, dtype="float32")
     assert needed(model, other("F16"))
     assert not needed(*[model] * compiled.MOST_MODELS)
     assert needed(*[model] * (compiled.MOST_MODELS + 1))
-    assert needed(model, method="dare_ties", density=0.5)
+    assert not needed(model, method="della", density=0.5)
+    assert needed(model, method="magmax")
 
 
 @built
 @settings(deadline=None, max_examples=100)
 @given(
-    st.sampled_from(["task_arithmetic", "ties", "breadcrumbs"]),
+    st.sampled_from(["task_arithmetic", "ties", "breadcrumbs", "dare_ties", "della"]),
     st.integers(0, 1000),
     st.sampled_from([(), (0,), (9,), (3, 0), (700, 3)]),
 )

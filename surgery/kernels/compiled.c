@@ -71,17 +71,51 @@ VECTORISED void surgery_combine(
     }
 }
 
-/* Task vectors trimmed to magnitudes from low to high, and fused: see trim and fuse.
- *
- * bounds: (low, high) of each model. divisor: what a plain sum is divided by, 1 if by nothing;
- * with elect and normalize, the sum of the weights that count: at least `least` if that isn't 0, or
- * else 1 where it is 0. */
+/* How weighted task vectors become one: see fuse. divisor: what a plain sum is divided by, 1 if by
+ * nothing; with elect and normalize it is the sum of the weights that count: at least `least` if that
+ * isn't 0, or else 1 where it is 0. */
+struct fusing {
+    int elect, normalize;
+    float divisor, least, scale;
+};
+
+/* A tile of them, whose sum is total, fused and added to the base. */
+static inline __attribute__((always_inline)) void fuse_tile(
+    int64_t n, int64_t models, float taus[][TILE], const float *total, const float *weights,
+    const struct fusing *how, const float *base, uint16_t *out
+) {
+    float fused[TILE], counted[TILE], divisor = how->divisor, least = how->least;
+    float scale = how->scale;
+    if (!how->elect) {
+        for (int64_t i = 0; i < n; i++) out[i] = rounded(total[i] / divisor * scale + base[i]);
+        return;
+    }
+    for (int64_t m = 0; m < models; m++) {
+        const float *tau = taus[m];
+        float weight = weights[m];
+        for (int64_t i = 0; i < n; i++) {
+            float agreeing = tau[i] * copysignf(1, total[i]);
+            agreeing = agreeing < 0 ? 0 : agreeing;
+            float share = agreeing > 0 ? weight : 0;
+            fused[i] = m ? fused[i] + agreeing : agreeing;
+            counted[i] = m ? counted[i] + share : share;
+        }
+    }
+    if (how->normalize && least > 0)
+        for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] < least ? least : counted[i];
+    else if (how->normalize)
+        for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] == 0 ? 1 : counted[i];
+    for (int64_t i = 0; i < n; i++)
+        out[i] = rounded(fused[i] * copysignf(1, total[i]) * scale + base[i]);
+}
+
+/* Task vectors trimmed to magnitudes from low to high, and fused: see trim. bounds: (low, high) of
+ * each model. */
 VECTORISED void surgery_trim(
     int64_t count, int64_t models, const uint16_t *first, const uint16_t *const *others,
-    const float *bounds, const float *weights, int elect, int normalize, float divisor,
-    float least, float scale, uint16_t *out
+    const float *bounds, const float *weights, const struct fusing *fusing, uint16_t *out
 ) {
-    float base[TILE], total[TILE], fused[TILE], counted[TILE], taus[MOST_MODELS][TILE];
+    float base[TILE], total[TILE], taus[MOST_MODELS][TILE];
     for (int64_t at = 0; at < count; at += TILE) {
         int64_t n = tile_at(at, count);
         for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
@@ -97,28 +131,106 @@ VECTORISED void surgery_trim(
                 total[i] = m ? total[i] + tau[i] : tau[i];
             }
         }
-        if (!elect) {
-            for (int64_t i = 0; i < n; i++)
-                out[at + i] = rounded(total[i] / divisor * scale + base[i]);
-            continue;
+        fuse_tile(n, models, taus, total, weights, fusing, base, out + at);
+    }
+}
+
+/* The probability to keep each entry of a row: low for the smallest magnitude |model - base|, slope
+ * more for each one after it; those of one magnitude come as they stand. pairs has room for 2 n. */
+static inline __attribute__((always_inline)) void by_rank(
+    int64_t n, const uint16_t *base, const uint16_t *model, float slope, float low,
+    uint64_t *pairs, float *kept
+) {
+    uint32_t counts[4][256] = {{0}};
+    for (int64_t i = 0; i < n; i++) {
+        float size = fabsf(widened(model[i]) - widened(base[i]));
+        uint32_t bits; /* in the order of the magnitudes */
+        memcpy(&bits, &size, 4);
+        pairs[i] = (uint64_t)bits << 32 | (uint32_t)i;
+    }
+    for (int64_t i = 0; i < n; i++)
+        for (int digit = 0; digit < 4; digit++) counts[digit][pairs[i] >> (32 + 8 * digit) & 255]++;
+    uint64_t *from = pairs, *to = pairs + n;
+    for (int digit = 0; digit < 4; digit++) { /* from the lowest byte to the highest */
+        int shift = 32 + 8 * digit;
+        if (counts[digit][from[0] >> shift & 255] == n) continue; /* all have the same one */
+        uint32_t place = 0;
+        for (int value = 0; value < 256; value++) {
+            uint32_t next = place + counts[digit][value];
+            counts[digit][value] = place;
+            place = next;
         }
-        for (int64_t m = 0; m < models; m++) {
-            const float *tau = taus[m];
-            float weight = weights[m];
-            for (int64_t i = 0; i < n; i++) {
-                float agreeing = tau[i] * copysignf(1, total[i]);
-                agreeing = agreeing < 0 ? 0 : agreeing;
-                float share = agreeing > 0 ? weight : 0;
-                fused[i] = m ? fused[i] + agreeing : agreeing;
-                counted[i] = m ? counted[i] + share : share;
+        for (int64_t i = 0; i < n; i++) to[counts[digit][from[i] >> shift & 255]++] = from[i];
+        uint64_t *sorted = to;
+        to = from;
+        from = sorted;
+    }
+    for (int64_t rank = 0; rank < n; rank++) kept[(uint32_t)from[rank]] = (float)rank * slope + low;
+}
+
+/* Task vectors of which entries are dropped at random, and fused: see drop.
+ *
+ * noises: uniform in [-1, 1), for each model, or NULL where nothing is dropped. Entries are kept with
+ * the probability `densities` of the model, or, where there are slopes, by their rank in a row of
+ * `width`: pairs has room for 2 width, and kept for width for each model. */
+VECTORISED void surgery_drop(
+    int64_t count, int64_t width, int64_t models, const uint16_t *first,
+    const uint16_t *const *others, const float *const *noises, const float *densities,
+    const float *slopes, int rescale, const float *weights, const struct fusing *fusing,
+    uint64_t *pairs, float *kept, uint16_t *out
+) {
+    float base[TILE], total[TILE], taus[MOST_MODELS][TILE];
+    for (int64_t row = 0; row < count; row += width) {
+        for (int64_t m = 0; slopes && m < models; m++)
+            if (noises[m])
+                by_rank(width, first + row, others[m] + row, slopes[m], densities[m], pairs,
+                        kept + m * width);
+        for (int64_t at = row; at < row + width; at += TILE) {
+            int64_t n = tile_at(at, row + width);
+            for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
+            for (int64_t m = 0; m < models; m++) {
+                const uint16_t *model = others[m] + at;
+                const float *odds = kept + m * width + at - row;
+                float density = densities[m], weight = weights[m], *tau = taus[m];
+                for (int64_t i = 0; i < n; i++) tau[i] = widened(model[i]) - base[i];
+                if (noises[m] && slopes) {
+                    const float *noise = noises[m] + at;
+                    for (int64_t i = 0; i < n; i++) {
+                        float left = odds[i] - (noise[i] + 1) * 0.5f;
+                        tau[i] = tau[i] * (left > 0 ? 1.0f : 0.0f) / (rescale ? odds[i] : 1);
+                    }
+                } else if (noises[m]) {
+                    const float *noise = noises[m] + at;
+                    for (int64_t i = 0; i < n; i++) {
+                        float left = density - (noise[i] + 1) * 0.5f;
+                        tau[i] = tau[i] * (left > 0 ? 1.0f : 0.0f) / (rescale ? density : 1);
+                    }
+                }
+                for (int64_t i = 0; i < n; i++) {
+                    tau[i] = tau[i] * weight;
+                    total[i] = m ? total[i] + tau[i] : tau[i];
+                }
             }
+            fuse_tile(n, models, taus, total, weights, fusing, base, out + at);
         }
-        if (normalize && least > 0)
-            for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] < least ? least : counted[i];
-        else if (normalize)
-            for (int64_t i = 0; i < n; i++) fused[i] /= counted[i] == 0 ? 1 : counted[i];
-        for (int64_t i = 0; i < n; i++)
-            out[at + i] = rounded(fused[i] * copysignf(1, total[i]) * scale + base[i]);
+    }
+}
+
+/* Noise in [-1, 1) of 24 bits: PCG64 (O'Neill 2014), its DXSM variant, of which a step gives 64 bits
+ * and an entry takes half of them, the lower first. Skips the first half of the first step if `odd`. */
+void surgery_noise(int64_t count, int odd, const uint64_t *state, float *out) {
+    const uint64_t multiplier = 0xDA942042E4DD58B5;
+    unsigned __int128 at = (unsigned __int128)state[0] << 64 | state[1];
+    unsigned __int128 step = (unsigned __int128)state[2] << 64 | state[3];
+    for (int64_t i = -odd; i < count; i += 2) {
+        uint64_t high = (uint64_t)(at >> 64), low = (uint64_t)at | 1;
+        high ^= high >> 32;
+        high *= multiplier;
+        high ^= high >> 48;
+        high *= low;
+        at = at * multiplier + step;
+        if (i >= 0) out[i] = (float)((uint32_t)high >> 8) * 0x1p-23f - 1;
+        if (i + 1 < count) out[i + 1] = (float)(high >> 40) * 0x1p-23f - 1;
     }
 }
 

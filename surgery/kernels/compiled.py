@@ -13,7 +13,7 @@ from functools import lru_cache
 from importlib.machinery import EXTENSION_SUFFIXES
 from math import nan
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy
 
@@ -40,32 +40,49 @@ def library() -> ctypes.CDLL | None:
         return None
     count, number, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     addresses, numbers = ctypes.POINTER(address), ctypes.POINTER(number)
-    loaded.surgery_combine.restype = None
-    loaded.surgery_combine.argtypes = [
-        count, count, address, addresses, number, numbers, number, address
-    ]  # fmt: skip
-    loaded.surgery_trim.restype = None
-    loaded.surgery_trim.argtypes = [
-        count, count, address, addresses, numbers, numbers, ctypes.c_int, ctypes.c_int, number,
-        number, number, address,
-    ]  # fmt: skip
-    loaded.surgery_window.restype = count
-    loaded.surgery_window.argtypes = [
-        count, address, address, numbers, ctypes.POINTER(count), address, ctypes.POINTER(count),
-        ctypes.POINTER(ctypes.c_int),
-    ]  # fmt: skip
-    loaded.surgery_square.restype = ctypes.c_double
-    loaded.surgery_square.argtypes = [count, address, address]
-    loaded.surgery_finite.restype = ctypes.c_int
-    loaded.surgery_finite.argtypes = [count, address]
+    fusing = ctypes.POINTER(Fusing)
+    taken = {
+        "combine": [count, count, address, addresses, number, numbers, number, address],
+        "trim": [count, count, address, addresses, numbers, numbers, fusing, address],
+        "drop": [
+            count, count, count, address, addresses, addresses, numbers, numbers, ctypes.c_int,
+            numbers, fusing, address, address, address,
+        ],
+        "noise": [count, ctypes.c_int, ctypes.POINTER(ctypes.c_uint64), address],
+        "window": [
+            count, address, address, numbers, ctypes.POINTER(count), address,
+            ctypes.POINTER(count), ctypes.POINTER(ctypes.c_int),
+        ],
+        "square": [count, address, address],
+        "finite": [count, address],
+    }  # fmt: skip
+    made = {"window": count, "square": ctypes.c_double, "finite": ctypes.c_int}
+    for name, types in taken.items():
+        function = getattr(loaded, f"surgery_{name}")
+        function.argtypes, function.restype = types, made.get(name)
     return loaded
 
 
+class Fusing(ctypes.Structure):
+    """How weighted task vectors become one, as in compiled.c: added up and divided by `divisor`;
+    or, with `elect`, those of the elected signs, and with `normalize` divided by the weights that
+    counted: at least by `least`, or, if that is 0, by 1 where they are 0. Then times `scale`."""
+
+    _fields_ = [
+        ("elect", ctypes.c_int),
+        ("normalize", ctypes.c_int),
+        ("divisor", ctypes.c_float),
+        ("least", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
 def takes(tensors: Sequence[LazyTensor]) -> bool:
-    """Whether there are kernels for these, which are of one shape."""
+    """Whether there are kernels for these: of one shape, in bfloat16."""
+    shape = tensors[0].shape
     return (
         len(tensors) <= 1 + MOST_MODELS
-        and all(tensor.dtype is DTYPES["BF16"] for tensor in tensors)
+        and all(one.dtype is DTYPES["BF16"] and one.shape == shape for one in tensors)
         and library() is not None
     )
 
@@ -79,10 +96,10 @@ def combine(
 ) -> numpy.ndarray:
     """first + scale * (start * first + the sum of steps[i] * (others[i] - first)), in float32,
     rounded to bfloat16."""
-    made = numpy.empty_like(first)
+    made, count = numpy.empty_like(first), len(first) // 2
     _loaded().surgery_combine(
-        len(first) // 2, len(others), first.ctypes.data, _addresses(others), start,
-        _numbers(steps), scale, made.ctypes.data,
+        count, len(others), _address(first, count), _addresses(others, count), start,
+        _numbers(steps), scale, _address(made, count),
     )  # fmt: skip
     return made
 
@@ -92,26 +109,70 @@ def trim(
     others: Sequence[numpy.ndarray],
     bounds: Sequence[tuple[float, float]],
     weights: Sequence[float],
-    *,
-    elect: bool,
-    normalize: bool,
-    divisor: float,
-    least: float,
-    scale: float,
+    fusing: Fusing,
 ) -> numpy.ndarray:
-    """first + scale * the differences from it, of which those of a magnitude between their bounds
-    stay, fused as `fuse` of merging.py does; in float32, rounded to bfloat16.
-
-    Without `elect` the sum is divided by `divisor`. With `elect` and `normalize` it is divided by
-    the weights that counted: at least by `least`, or, if that is 0, by 1 where they are 0.
-    """
-    made = numpy.empty_like(first)
+    """first + the differences from it, of which those of a magnitude between their bounds stay,
+    weighted and fused; in float32, rounded to bfloat16."""
+    made, count = numpy.empty_like(first), len(first) // 2
     _loaded().surgery_trim(
-        len(first) // 2, len(others), first.ctypes.data, _addresses(others),
-        _numbers([bound for pair in bounds for bound in pair]), _numbers(weights), elect,
-        normalize, divisor, least, scale, made.ctypes.data,
+        count, len(others), _address(first, count), _addresses(others, count),
+        _numbers([bound for pair in bounds for bound in pair]), _numbers(weights),
+        ctypes.byref(fusing), _address(made, count),
     )  # fmt: skip
     return made
+
+
+class Odds(NamedTuple):
+    """With what probability entries of a model are kept: the same for all where `slope` is None,
+    or by the rank of their magnitude in a row: `density` and `slope` more for each smaller one."""
+
+    density: float
+    slope: float | None
+
+
+def drop(
+    first: numpy.ndarray,
+    others: Sequence[numpy.ndarray],
+    noises: Sequence[numpy.ndarray | None],
+    odds: Sequence[Odds],
+    weights: Sequence[float],
+    fusing: Fusing,
+    *,
+    width: int,
+    rescale: bool,
+) -> numpy.ndarray:
+    """first + the differences from it, dropped at random, weighted and fused; in float32, rounded
+    to bfloat16. Rows are of `width`. `noises` is uniform in [-1, 1), in float32 and as bytes; None
+    for a model of which nothing is dropped. With `rescale` what is kept is divided by its odds, of
+    which either all have a slope or none."""
+    made, count, models = numpy.empty_like(first), len(first) // 2, len(others)
+    ranked = odds[0].slope is not None
+    # the scratch is this call's own: so kernels know nothing of threads
+    pairs = numpy.empty(2 * width if ranked else 0, dtype=numpy.uint64)
+    kept = numpy.empty(models * width if ranked else 0, dtype=numpy.float32)
+    _loaded().surgery_drop(
+        count, width if ranked else max(1, count), models, _address(first, count),
+        _addresses(others, count),
+        (ctypes.c_void_p * models)(
+            *(None if noise is None else _address(noise, count, 4) for noise in noises)
+        ),
+        _numbers([one.density for one in odds]),
+        _numbers([one.slope or 0.0 for one in odds]) if ranked else None,
+        rescale, _numbers(weights), ctypes.byref(fusing), pairs.ctypes.data, kept.ctypes.data,
+        _address(made, count),
+    )  # fmt: skip
+    return made
+
+
+def noise(count: int, first: int, generator: numpy.random.PCG64DXSM) -> numpy.ndarray:
+    """The noise of `count` entries from the `first` on, uniform in [-1, 1), in float32 and as
+    bytes. The generator stands at the step of the first one."""
+    known: Any = generator.state["state"]
+    wide = known["state"], known["inc"]
+    halves = [number >> shift & (1 << 64) - 1 for number in wide for shift in (64, 0)]
+    made = numpy.empty(count, dtype=numpy.float32)
+    _loaded().surgery_noise(count, first % 2, (ctypes.c_uint64 * 4)(*halves), made.ctypes.data)
+    return made.view(numpy.uint8)
 
 
 class Counted(NamedTuple):
@@ -133,10 +194,11 @@ def window(base: numpy.ndarray, model: numpy.ndarray, marks: Sequence[float]) ->
         given[place] = mark
     equal = (ctypes.c_int64 * 3)()
     found, finite = ctypes.c_int64(), ctypes.c_int()
-    near = numpy.empty(len(base) // 2, dtype=numpy.float32)
+    count = len(base) // 2
+    near = numpy.empty(count, dtype=numpy.float32)
     below = _loaded().surgery_window(
-        len(near), base.ctypes.data, model.ctypes.data, _numbers(given), equal, near.ctypes.data,
-        ctypes.byref(found), ctypes.byref(finite),
+        count, _address(base, count), _address(model, count), _numbers(given), equal,
+        near.ctypes.data, ctypes.byref(found), ctypes.byref(finite),
     )  # fmt: skip
     return Counted(
         below, [equal[place] for place in places], near[: found.value].copy(), bool(finite.value)
@@ -145,13 +207,15 @@ def window(base: numpy.ndarray, model: numpy.ndarray, marks: Sequence[float]) ->
 
 def square(base: numpy.ndarray, model: numpy.ndarray) -> float:
     """||model - base||^2: of differences in float32, summed up in float64."""
-    found: float = _loaded().surgery_square(len(base) // 2, base.ctypes.data, model.ctypes.data)
+    count = len(base) // 2
+    found: float = _loaded().surgery_square(count, _address(base, count), _address(model, count))
     return found
 
 
 def finite(values: numpy.ndarray) -> bool:
     """Whether every value is."""
-    return bool(_loaded().surgery_finite(len(values) // 2, values.ctypes.data))
+    count = len(values) // 2
+    return bool(_loaded().surgery_finite(count, _address(values, count)))
 
 
 def _loaded() -> ctypes.CDLL:
@@ -160,8 +224,15 @@ def _loaded() -> ctypes.CDLL:
     return loaded
 
 
-def _addresses(arrays: Sequence[numpy.ndarray]) -> ctypes.Array[ctypes.c_void_p]:
-    return (ctypes.c_void_p * len(arrays))(*(array.ctypes.data for array in arrays))
+def _address(values: numpy.ndarray, count: int, width: int = 2) -> int:
+    """Where `count` values of so many bytes lie, and no fewer: C would read on."""
+    assert values.nbytes == count * width
+    assert values.flags.c_contiguous
+    return values.ctypes.data
+
+
+def _addresses(arrays: Sequence[numpy.ndarray], count: int) -> ctypes.Array[ctypes.c_void_p]:
+    return (ctypes.c_void_p * len(arrays))(*(_address(array, count) for array in arrays))
 
 
 def _numbers(values: Sequence[float]) -> ctypes.Array[ctypes.c_float]:

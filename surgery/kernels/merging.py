@@ -204,18 +204,18 @@ def trim_bytes(
     measured: Sequence[tuple[float, float] | None],
 ) -> numpy.ndarray:
     """`trim` of bytes of bfloat16."""
+    bounds = [(0.0, float("inf")) if pair is None else pair for pair in measured]
+    weights, fusing = _fusing(weights, elect=elect, normalize=normalize, scale=scale)
+    return compiled.trim(base, models, bounds, weights, fusing)
+
+
+def _fusing(
+    weights: Sequence[float], *, elect: bool, normalize: bool, scale: float
+) -> tuple[Sequence[float], compiled.Fusing]:
+    """What `fuse` and `finish` do, as compiled kernels are told."""
     weights = _effective(weights, elect, normalize)
-    return compiled.trim(
-        base,
-        models,
-        [(0.0, float("inf")) if bounds is None else bounds for bounds in measured],
-        weights,
-        elect=elect,
-        normalize=normalize,
-        divisor=_divisor(weights) if normalize else 1.0,
-        least=_least(weights),
-        scale=scale,
-    )
+    divisor = _divisor(weights) if normalize else 1.0
+    return weights, compiled.Fusing(elect, normalize, divisor, _least(weights), scale)
 
 
 def keep_between(tau: torch.Tensor, low: float, high: float) -> None:
@@ -272,6 +272,37 @@ def drop(
             if rescale:
                 tau.div_(kept)
     return finish(start, fuse(taus, weights, elect=elect, normalize=normalize), rounding)
+
+
+def drop_bytes(
+    base: numpy.ndarray,
+    *rest: numpy.ndarray,
+    width: int,
+    weights: Sequence[float],
+    densities: Sequence[float],
+    spreads: Sequence[float] | None,
+    rescale: bool,
+    elect: bool,
+    normalize: bool,
+    scale: float,
+) -> numpy.ndarray:
+    """`drop` of bytes of bfloat16, and noise in float32, in rows of `width`."""
+    count = len(densities)
+    noises = [
+        noise if density < 1 else None
+        for noise, density in zip(rest[count:], densities, strict=True)
+    ]
+    if spreads is None or width == 1:
+        odds = [compiled.Odds(density, None) for density in densities]
+    else:
+        odds = [
+            compiled.Odds(density - spread, 2 * spread / (width - 1))
+            for density, spread in zip(densities, spreads, strict=True)
+        ]
+    weights, fusing = _fusing(weights, elect=elect, normalize=normalize, scale=scale)
+    return compiled.drop(
+        base, rest[:count], noises, odds, weights, fusing, width=width, rescale=rescale
+    )
 
 
 def by_rank(tau: torch.Tensor, density: float, spread: float) -> torch.Tensor:

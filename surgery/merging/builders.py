@@ -210,21 +210,24 @@ def _bounds(kept: Ranks, compute: DType) -> Callable[..., list[tuple[float, floa
 
 def dropped(job: Job, *, elect: bool, by_rank: bool) -> LazyTensor:
     """DARE and, `by_rank`, DELLA. A vector is one row to rank, and so is taken whole."""
-    from surgery.kernels.merging import drop
+    from surgery.kernels.merging import drop, drop_bytes
 
     shape = job.models[0].shape
     noises = [noise(shape, job.seed, f"{at}:{job.name}") for at in range(len(job.models))]
-    kernel = partial(
-        drop,
-        weights=job.parameters["weight"],
-        densities=job.parameters["density"],
-        spreads=job.parameters["epsilon"] if by_rank else None,
-        rescale=job.parameters["rescale"],
-        elect=elect,
-        normalize=job.parameters["normalize"],
+    how: dict[str, Any] = {
+        "weights": job.parameters["weight"],
+        "densities": job.parameters["density"],
+        "spreads": job.parameters["epsilon"] if by_rank else None,
+        "rescale": job.parameters["rescale"],
+        "elect": elect,
+        "normalize": job.parameters["normalize"],
+    }
+    return job.tensor(
+        partial(drop, **how),
+        (*job.inputs, *noises),
+        rowwise=not by_rank or len(shape) > 1,
+        direct=partial(drop_bytes, width=shape[-1] if shape else 1, **how),
     )
-    rowwise = not by_rank or len(shape) > 1
-    return job.tensor(kernel, (*job.inputs, *noises), rowwise=rowwise)
 
 
 def consensus(job: Job) -> LazyTensor:

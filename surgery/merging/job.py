@@ -71,7 +71,7 @@ class Job:
 
         inputs = self.inputs if inputs is None else inputs
         kernel = _ending(kernel, self.compute, self.dtype, self.scale, self.bare)
-        plain = kernel.keywords["rounding"].plain and compiled.takes(inputs)
+        plain = kernel.keywords["rounding"].plain and compiled.takes(self.inputs)
         if measures_all:
             assert measure is not None
             inputs, measure = checked_in_measure(inputs, measure)
