@@ -1,6 +1,6 @@
-/* Merges of bfloat16 in one pass: what combine and trim of merging.py and Window of selection.py do
- * with some twenty-five operations of torch and numpy, each of which goes through memory, and hands
- * the interpreter to another thread.
+/* Arithmetic of bfloat16 in one pass: what combine, trim and drop of merging.py, scale_and_square of
+ * updates.py and Window of selection.py do with up to some thirty operations of torch and numpy, each
+ * of which goes through memory, and hands the interpreter to another thread.
  *
  * The same operations in the same order on every entry, so the same bits; nothing may be contracted
  * or reassociated (-ffp-contract=off, no -ffast-math). Entries are taken TILE at a time, which stay
