@@ -190,11 +190,10 @@ VECTORISED void surgery_drop(
             for (int64_t i = 0; i < n; i++) base[i] = widened(first[at + i]);
             for (int64_t m = 0; m < models; m++) {
                 const uint16_t *model = others[m] + at;
-                const float *odds = kept + m * width + at - row;
                 float density = densities[m], weight = weights[m], *tau = taus[m];
                 for (int64_t i = 0; i < n; i++) tau[i] = widened(model[i]) - base[i];
                 if (noises[m] && slopes) {
-                    const float *noise = noises[m] + at;
+                    const float *noise = noises[m] + at, *odds = kept + m * width + (at - row);
                     for (int64_t i = 0; i < n; i++) {
                         float left = odds[i] - (noise[i] + 1) * 0.5f;
                         tau[i] = tau[i] * (left > 0 ? 1.0f : 0.0f) / (rescale ? odds[i] : 1);
