@@ -21,7 +21,6 @@
 #endif
 
 #define TILE 512
-#define LANES 16
 #define MOST_MODELS 16
 
 static inline float widened(uint16_t bits) {
@@ -280,22 +279,23 @@ VECTORISED int64_t surgery_window(
     return below;
 }
 
-/* The sum of the squares of model - base, in float64: entries LANES apart are added up in order, and
- * then these sums, so it is the same however wide the vectors are. */
-VECTORISED double surgery_square(int64_t count, const uint16_t *base, const uint16_t *model) {
-    double sums[LANES] = {0}, total = 0;
-    int64_t at = 0;
-    for (; at + LANES <= count; at += LANES)
-        for (int lane = 0; lane < LANES; lane++) {
-            float tau = widened(model[at + lane]) - widened(base[at + lane]);
-            sums[lane] += (double)tau * tau;
-        }
-    for (int lane = 0; at < count; at++, lane++) {
-        float tau = widened(model[at]) - widened(base[at]);
-        sums[lane] += (double)tau * tau;
+/* The sums of one * other in float64, or of their differences from a base if it isn't NULL: of entries
+ * TILE apart in order, so it is the same however wide the vectors are. */
+VECTORISED void surgery_products(
+    int64_t count, const uint16_t *base, const uint16_t *one, const uint16_t *other, double *sums
+) {
+    for (int64_t i = 0; i < TILE; i++) sums[i] = 0;
+    for (int64_t at = 0; at < count; at += TILE) {
+        int64_t n = tile_at(at, count);
+        if (base)
+            for (int64_t i = 0; i < n; i++) {
+                double start = widened(base[at + i]);
+                sums[i] += (widened(one[at + i]) - start) * (widened(other[at + i]) - start);
+            }
+        else
+            for (int64_t i = 0; i < n; i++)
+                sums[i] += (double)widened(one[at + i]) * (double)widened(other[at + i]);
     }
-    for (int lane = 0; lane < LANES; lane++) total += sums[lane];
-    return total;
 }
 
 /* Whether every value is finite. */

@@ -22,7 +22,7 @@ from surgery.dtypes import DTYPES
 if TYPE_CHECKING:
     from surgery.tensor import LazyTensor
 
-MOST_MODELS = 16
+MOST_MODELS, TILE = 16, 512
 """As in compiled.c."""
 
 
@@ -53,10 +53,10 @@ def library() -> ctypes.CDLL | None:
             count, address, address, numbers, ctypes.POINTER(count), address,
             ctypes.POINTER(count), ctypes.POINTER(ctypes.c_int),
         ],
-        "square": [count, address, address],
+        "products": [count, address, address, address, address],
         "finite": [count, address],
     }  # fmt: skip
-    made = {"window": count, "square": ctypes.c_double, "finite": ctypes.c_int}
+    made = {"window": count, "finite": ctypes.c_int}
     for name, types in taken.items():
         function = getattr(loaded, f"surgery_{name}")
         function.argtypes, function.restype = types, made.get(name)
@@ -205,11 +205,17 @@ def window(base: numpy.ndarray, model: numpy.ndarray, marks: Sequence[float]) ->
     )
 
 
-def square(base: numpy.ndarray, model: numpy.ndarray) -> float:
-    """||model - base||^2: of differences in float32, summed up in float64."""
-    count = len(base) // 2
-    found: float = _loaded().surgery_square(count, _address(base, count), _address(model, count))
-    return found
+def products(
+    one: numpy.ndarray, other: numpy.ndarray, base: numpy.ndarray | None = None
+) -> numpy.ndarray:
+    """The sums of one * other in float64, or of (one - base) * (other - base), of entries TILE
+    apart: (TILE,)."""
+    count, sums = len(one) // 2, numpy.empty(TILE, dtype=numpy.float64)
+    start = None if base is None else _address(base, count)
+    _loaded().surgery_products(
+        count, start, _address(one, count), _address(other, count), sums.ctypes.data
+    )
+    return sums
 
 
 def finite(values: numpy.ndarray) -> bool:

@@ -85,7 +85,7 @@ def scale_and_square_bytes(
 ) -> tuple[numpy.ndarray, float] | None:
     """`scale_and_square` of bytes of bfloat16; None where an input, or what comes out, isn't
     finite."""
-    square = compiled.square(base, tuned)
+    square = float(numpy.add.reduce(compiled.products(tuned, tuned, base)))
     if not math.isfinite(square):
         return None
     if scale in (0, 1):

@@ -16,7 +16,6 @@ import numpy
 from surgery.dtypes import DTYPES, DType
 from surgery.kernels import compiled, elementwise, fusion
 from surgery.kernels.merging import Combination, updates
-from surgery.kernels.numbers import in_float64
 from surgery.kernels.selection import Search, Window, magnitudes
 from surgery.measure import BLOCK_ELEMENTS
 from surgery.merging.finite import Inputs, names_of, require_finite, unchecked
@@ -67,29 +66,42 @@ def gram(inputs: Inputs, *, from_base: bool) -> numpy.ndarray:
     sums: dict[tuple[int, int], list[float]] = {
         (i, j): [] for i in range(count) for j in range(i, count)
     }
-    for wide in _wide_blocks(inputs):
-        if from_base:
-            wide = [part - wide[0] for part in wide[1:]]
-        for (i, j), found in sums.items():
-            found.append(total(wide[i] * wide[j]))
+    for products in _products(inputs, list(sums), from_base=from_base):
+        for found, values in zip(sums.values(), products, strict=True):
+            found.append(total(values))
     made = numpy.zeros((count, count))
     for (i, j), found in sums.items():
         made[i, j] = made[j, i] = fsum(found)
     return made
 
 
-def _wide_blocks(inputs: Inputs) -> Iterator[list[numpy.ndarray]]:
-    """The inputs, some rows of all at a time, flat and in float64."""
+def _products(
+    inputs: Inputs, pairs: Sequence[tuple[int, int]], *, from_base: bool
+) -> Iterator[list[numpy.ndarray]]:
+    """For some rows at a time, the products of each pair of inputs, or of differences from the
+    first, in float64: sums of entries TILE apart, as the compiled kernel adds them up."""
     names, plain = names_of(inputs), tuple(map(unchecked, inputs))
     if not compiled.takes(plain):
-        for parts in blocks(inputs):
-            yield [part.to(torch.float64).reshape(-1).numpy() for part in parts]
+        for rows in blocks(inputs):
+            wide = [part.to(torch.float64).reshape(-1).numpy() for part in rows]
+            if from_base:
+                wide = [part - wide[0] for part in wide[1:]]
+            yield [_tiled(wide[i] * wide[j]) for i, j in pairs]
         return
     for start, stop in ranges(plain):
-        found = [tensor.read_bytes(start, stop) for tensor in plain]
-        if not all(map(compiled.finite, found)):
+        parts = [tensor.read_bytes(start, stop) for tensor in plain]
+        if not all(map(compiled.finite, parts)):
             require_finite([tensor.read(start, stop) for tensor in plain], names)
-        yield [in_float64(values, DTYPES["BF16"]) for values in found]
+        base = parts.pop(0) if from_base else None
+        yield [compiled.products(parts[i], parts[j], base) for i, j in pairs]
+
+
+def _tiled(values: numpy.ndarray) -> numpy.ndarray:
+    """Sums of entries TILE apart, in order."""
+    whole = len(values) // compiled.TILE * compiled.TILE
+    sums: numpy.ndarray = numpy.add.reduce(values[:whole].reshape(-1, compiled.TILE), axis=0)
+    sums[: len(values) - whole] += values[whole:]
+    return sums
 
 
 def magnitude_bounds(
