@@ -431,6 +431,8 @@ def test_what_needs_torch(tmp_path: Path) -> None:
     def other(dtype: str) -> Checkpoint:
         return replace(model, tensors={"w": replace(model["w"], dtype=DTYPES[dtype])})
 
+    turned = replace(model["w"], shape=(3, 7))
+    assert not compiled.takes([model["w"], turned])
     assert not model["w"].needs_torch
     assert not needed(model)
     assert not needed(merge([model], base=model, method="task_arithmetic"))  # in no file

@@ -83,11 +83,8 @@ def scale_and_square(
 def scale_and_square_bytes(
     base: numpy.ndarray, tuned: numpy.ndarray, *, scale: float
 ) -> tuple[numpy.ndarray, float] | None:
-    """`scale_and_square` of bytes of bfloat16; None where an input, or what comes out, isn't
-    finite."""
+    """`scale_and_square` of bytes of bfloat16; None where not all that is computed is finite."""
     square = float(numpy.add.reduce(compiled.products(tuned, tuned, base)))
-    if not math.isfinite(square):
-        return None
     if scale in (0, 1):
         return (tuned if scale else base), square
     made = compiled.combine(base, [tuned], 0.0, [scale], 1.0)
