@@ -354,6 +354,14 @@ def test_what_is_too_large_comes_of_finite_inputs(
     assert made.isinf().nonzero().tolist() == [[3, 4]]
 
 
+def test_thresholds_are_measured_in_the_type_of_the_merge() -> None:
+    """Which is float64 if any model is, though not one that is trimmed."""
+    base = torch.arange(1.0, 65.0).mul(1e-9).bfloat16()
+    ones, double = torch.ones_like(base), torch.zeros(64, dtype=torch.float64)
+    made = lazily("ties", base, [ones, double], density=[0.5, 1.0]).whole()
+    assert 24 <= int((made > 0.4).sum()) <= 40  # in float32 all differences are 1
+
+
 @built
 def test_lines_are_the_same_byte_for_byte(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_model: Callable[..., Path]
