@@ -51,6 +51,12 @@ def can_compile() -> bool:
     return shutil.which(compiler) is not None and headers.exists()
 
 
+@built
+def test_one_with_another_interface_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compiled, "INTERFACE", compiled.INTERFACE + 1)
+    assert compiled.library.__wrapped__() is None
+
+
 @pytest.mark.skipif(not can_compile(), reason="there is no compiler, or no headers of Python")
 def test_it_was_built_where_there_is_a_compiler() -> None:
     assert compiled.library() is not None
@@ -421,10 +427,32 @@ def test_lines_without_torch(tmp_path: Path, make_model: Callable[..., Path]) ->
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_a_check_without_torch(tmp_path: Path) -> None:
+    """Of two files whose channels are compared, and which hold what isn't finite."""
+    tensors = {
+        f"model.layers.{block}.{part}.weight": torch.randn(40, 64).bfloat16()
+        for block in range(4)
+        for part in ("mlp.up_proj", "mlp.gate_proj", "self_attn.q_proj")
+    }
+    tensors["model.layers.2.mlp.up_proj.weight"].view(torch.int16)[3, 4] = 0x7F81  # signals
+    names = sorted(tensors)
+    shards = [{name: tensors[name] for name in part} for part in (names[:6], names[6:])]
+    save_raw(tmp_path / "model", *shards, config={"model_type": "toy"})
+    run_without_torch(
+        "import warnings\n"
+        "warnings.simplefilter('error')\n"
+        "report = check('model')\n"
+        "assert len(report.problems) == 1, report\n"
+        "assert 'layers.2.mlp.up_proj' in str(report.problems[0]), report\n",
+        tmp_path,
+    )
+
+
 def run_without_torch(code: str, folder: Path, *arguments: str) -> None:
     """In a process of its own, in a folder that isn't the project's: the package that is imported
     is the one that was installed, and built."""
-    code = f"import sys\nfrom surgery import lines, merge, open_checkpoint, write\n{code}assert 'torch' not in sys.modules\n"
+    start = "import sys\nfrom surgery import check, lines, merge, open_checkpoint, write\n"
+    code = f"{start}{code}assert 'torch' not in sys.modules\n"
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, cwd=folder)
 
 
@@ -440,7 +468,10 @@ def test_what_needs_torch(tmp_path: Path) -> None:
         return replace(model, tensors={"w": replace(model["w"], dtype=DTYPES[dtype])})
 
     turned = replace(model["w"], shape=(3, 7))
+    assert compiled.takes([model["w"], model["w"]])
     assert not compiled.takes([model["w"], turned])
+    assert not Rounding(DTYPES["F32"], DTYPES["F32"]).plain
+    assert not Rounding(DTYPES["F32"], DTYPES["BF16"], bare=True).plain
     assert not model["w"].needs_torch
     assert not needed(model)
     assert not needed(merge([model], base=model, method="task_arithmetic"))  # in no file

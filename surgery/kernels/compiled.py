@@ -22,21 +22,25 @@ from surgery.dtypes import DTYPES
 if TYPE_CHECKING:
     from surgery.tensor import LazyTensor
 
-MOST_MODELS, TILE = 16, 512
+MOST_MODELS, TILE, INTERFACE = 16, 512, 1
 """As in compiled.c."""
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL | None:
-    """The library, or None where it wasn't built, or was for another system: an environment may
-    have been copied, and torch gives the same bytes."""
+    """The library, or None where it wasn't built, or was for another system or another state of
+    compiled.c: an environment may have been copied, or the source changed without being installed
+    anew, and torch gives the same bytes."""
     built = [Path(__file__).with_name(f"_compiled{suffix}") for suffix in EXTENSION_SUFFIXES]
     found = next((path for path in built if path.is_file()), None)
     if found is None:
         return None
     try:
         loaded = ctypes.CDLL(str(found))
-    except OSError:
+        interface = ctypes.c_int.in_dll(loaded, "surgery_interface").value
+    except (OSError, ValueError):  # of another system; from before there was a number
+        return None
+    if interface != INTERFACE:
         return None
     count, number, address = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
     addresses, numbers = ctypes.POINTER(address), ctypes.POINTER(number)

@@ -193,8 +193,9 @@ def _samples(inputs: Inputs, models: Sequence[int], compute: DType) -> dict[int,
         step = 1
     found: list[list[numpy.ndarray]] = []
     plain = [unchecked(inputs[at]) for at in (0, *(1 + at for at in models))]
+    in_bytes = _in_bytes(plain, compute)
     for start, stop in spans:
-        if _in_bytes(plain, compute):
+        if in_bytes:
             base, *tuned = (t.read_bytes(start, stop).view(numpy.uint16)[::step] for t in plain)
             found.append([magnitudes(base, model) for model in tuned])
         else:
