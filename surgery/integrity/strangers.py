@@ -120,7 +120,7 @@ def _channels(tensor: LazyTensor) -> numpy.ndarray:
     if len(tensor.shape) > 1:
         rows = min(rows, max(1, SAMPLE // width))
     numbers = in_float64(tensor.read_bytes(0, rows), tensor.dtype).reshape(-1, width)
-    with numpy.errstate(over="ignore", invalid="ignore"):  # of what isn't finite
+    with numpy.errstate(over="ignore"):  # the squares of huge float64 are infinite alike
         size = (numbers**2).mean(0)
     _, place, count = numpy.unique(size, return_inverse=True, return_counts=True)
     return (numpy.cumsum(count) - (count - 1) / 2)[place]
