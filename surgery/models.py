@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from surgery import opening
 from surgery.checkpoint import Checkpoint
 from surgery.errors import NotFoundError
 from surgery.integrity.holes import refuse_holes
 from surgery.lora.adapter import is_adapter, open_adapter
 from surgery.lora.bake import adapter_task_vector, apply_adapter
+from surgery.opening import open_checkpoint as open_files
 from surgery.vectors import TaskVector, open_task_vector
 
 
@@ -24,7 +24,7 @@ def open_checkpoint(reference: str | Path, *, headers_only: bool = False) -> Che
     """
     model, *adapters = split_reference(str(reference))
     given = model if adapters else reference
-    base = opening.open_checkpoint(given, headers_only=headers_only)
+    base = open_files(given, headers_only=headers_only)
     refuse_holes(base.values())
     if not adapters:
         return base

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pkgutil
+import re
+from pathlib import Path
 
 import processes
 
@@ -21,6 +23,15 @@ def test_all_is_what_is_there() -> None:
     modules = {module.name for module in pkgutil.iter_modules(surgery.__path__)}
     assert not modules & offered  # a module is there before what is imported when asked for
     assert list(surgery.__all__) == sorted(surgery.__all__, key=lambda n: (n[0].islower(), n))
+
+
+def test_no_module_of_the_library_needs_another_to_be_imported_first() -> None:
+    """The package imports what is public when it is asked for something: its own modules name
+    each other, or one of them is asked for before it is there."""
+    root = Path(surgery.__path__[0])
+    asking = re.compile(r"^\s*(from surgery import|import surgery$)", re.MULTILINE)
+    found = [f"{file}" for file in root.rglob("*.py") if asking.search(file.read_text("utf-8"))]
+    assert [file for file in found if "commands" not in file] == [str(root / "__init__.py")]
 
 
 def test_what_is_not_there_is_no_attribute() -> None:
