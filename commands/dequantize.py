@@ -49,7 +49,8 @@ def dequantize(
     """Write an FP8 model in bfloat16: every weight times its scale, rounded once.
 
     What adds or rearranges blocks takes such a model; lines, merge, diff, task-vector, apply and
-    grow (in whole blocks) take the FP8 model as it is. Scales of 128 x 128 blocks (DeepSeek-V3), rows or whole matrices.
+    grow (in whole blocks) take the FP8 model as it is. Scales of 128 x 128 blocks (DeepSeek-V3),
+    rows or whole matrices.
     """
     import surgery
 

@@ -50,8 +50,8 @@ NO_MEMORY = (
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 too little memory; 2 an argument that can't be meant; 3 something "
-    "wrong with an input; 4 an input that can't be edited this way; 5 the output can't be written; 6 verification "
-    "failed, and nothing was written; 130 interrupted; 143 terminated."
+    "wrong with an input; 4 an input that can't be edited this way; 5 the output can't be "
+    "written; 6 verification failed, and nothing was written; 130 interrupted; 143 terminated."
 )
 
 app = typer.Typer(

@@ -205,8 +205,8 @@ def _print(written: Written) -> None:
         out.print(f"lambda from {first:.4g} to {last:.4g}")
         if max(first, last) > 1 and edit["parameters"]["lines"] == "auto":
             out.print(
-                "The merged update is made larger: auto adds the method's lambda (1 unless given) on "
-                "top of alpha. Give a smaller one (--param lambda=0.5), or --lines ALPHA,BETA."
+                "The merged update is made larger: auto adds the method's lambda (1 unless given) "
+                "on top of alpha. Give a smaller one (--param lambda=0.5), or --lines ALPHA,BETA."
             )
     models = sum(role.startswith("model") for role in edit["inputs"])
     onto = " onto the base" if "base" in edit["inputs"] else ""

@@ -9,7 +9,7 @@
     │   └── RecipeError         3   a recipe that can't be meant, with the line
     ├── UnsupportedError        4   sound input that this operation can't edit, and why
     ├── OutputError             5   the target exists or lies inside an input; the disk is full
-    └── VerificationError       6   the edited checkpoint isn't what it has to be; nothing is written
+    └── VerificationError       6   the edited checkpoint isn't what it has to be: nothing written
 
 An error carries all the problems that were found, not the first one: each names the file or
 the tensor, the values that disagree, and what to do.

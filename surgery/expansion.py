@@ -67,7 +67,8 @@ class Expansion:
 def expansion_of(record: Mapping[str, Any], base: Anatomy) -> Expansion:
     """The expansion as a record tells it. What is zero is not taken from there.
 
-    Raises KeyError, TypeError, ValueError or OverflowError if the record isn't one of ours or of another base.
+    Raises KeyError, TypeError, ValueError or OverflowError if the record isn't one of ours or of
+    another base.
     """
     found = Expansion(
         str(record["stack"]),

@@ -130,7 +130,8 @@ def copy_numbers(width: int, copied: Ranges, padding: int) -> tuple[numpy.ndarra
 def growths_of(record: Iterable[Mapping[str, Any]], mlps: Iterable[MLP]) -> list[Growth]:
     """The growths as a record tells them, on `mlps`, those of the base.
 
-    Raises KeyError, TypeError, ValueError or OverflowError if the record isn't one of ours or of another base.
+    Raises KeyError, TypeError, ValueError or OverflowError if the record isn't one of ours or of
+    another base.
     """
     growths = []
     by_tensors = {frozenset(mlp.tensors): mlp for mlp in mlps}

@@ -48,8 +48,8 @@ MESSAGES = {  # by the exception of huggingface_hub, the more telling first
     "Hub, or it is private: check the id, or log in with `hf auth login`",
     "HfHubHTTPError": "{given}: {hub} answered with HTTP status {status}. Try again later, or, if "
     "it is 401 or 403, check your token (`hf auth whoami`)",
-    "Exception": "{given} is no directory here, it isn't in the cache, and it can't be fetched from {hub} ({reason}): check "
-    "the network and HF_ENDPOINT, or give a local directory",
+    "Exception": "{given} is no directory here, it isn't in the cache, and it can't be "
+    "fetched from {hub} ({reason}): check the network and HF_ENDPOINT, or give a local directory",
 }
 
 

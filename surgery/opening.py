@@ -1,5 +1,5 @@
-"""Opening a checkpoint from its headers, its index and `config.json`, checked against each other; no
-byte of a tensor is read."""
+"""Opening a checkpoint from its headers, its index and `config.json`, checked against each other;
+no byte of a tensor is read."""
 
 from __future__ import annotations
 

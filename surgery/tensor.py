@@ -114,10 +114,10 @@ class LazyTensor:
     these rows (||tau||^2, say), which the writer adds up over the tensor as it passes, so that a
     statistic which only reports needs no pass of its own.
 
-    `direct` goes with a kernel: it makes the bytes of the rows (of the whole, if that isn't row-wise)
-    that the kernel makes of the bytes of those of its inputs, quicker and without torch, which takes longer to import than many
-    a model takes to merge; or None, and the kernel has to, which can also say what is wrong. With a
-    `tally` it makes the number too.
+    `direct` goes with a kernel: of the bytes of its inputs' rows (of the whole, if that isn't
+    row-wise) it makes the bytes of what the kernel makes, quicker and without torch, which takes
+    longer to import than many a model takes to merge; or None, and the kernel has to, which can
+    also say what is wrong. With a `tally` it makes the number too.
 
     `exact` is the wider tensor that this one is the rounding of, where there is one: arithmetic
     takes its values from there, so that what is computed is rounded once, at the end.

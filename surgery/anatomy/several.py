@@ -151,7 +151,7 @@ class Search:
         yield from self._made_of(left)
 
     def _as_in_bert(self, module: str, names: list[str]) -> MLP | None:
-        """The MLP of a matrix in `intermediate` and one in `output`, which are no part of another."""
+        """The MLP of a matrix in `intermediate` and one in `output` that are no part of another."""
         pair = [
             name
             for side in ("intermediate.", "output.")

@@ -1,5 +1,5 @@
-"""Corrections of an anatomy as plain data, for the record beside a checkpoint: what a user said of a
-model holds for what was made of it.
+"""Corrections of an anatomy as plain data, for the record beside a checkpoint: what a user said of
+a model holds for what was made of it.
 
 What lies in a checkpoint may be anybody's, so it is taken apart here with nothing believed; what
 doesn't fit the tensors does nothing, as with any corrections.

@@ -238,7 +238,8 @@ def _strangers(weights: Opened, inputs: Mapping[InputFile, str]) -> Iterator[Fin
         text = (
             f"{first} and {second} may be of different models: between {seam.blocks[0]} and "
             f"{seam.blocks[1]} the sizes of the channels have a correlation of {seam.found:.2f}, "
-            f"and {seam.usual:.2f} is usual in this model; compare digests with where they came from"
+            f"and {seam.usual:.2f} is usual in this model; compare digests with where they "
+            f"came from"
         )
         details = {
             "files": [first, second],

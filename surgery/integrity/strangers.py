@@ -96,7 +96,8 @@ def _judged(
             continue
         here = float(numpy.median([weights[inner] for inner in asked]))
         there = float(numpy.median([usual[inner] for inner in asked]))
-        # the median of n correlations by chance has a standard deviation of 1.25 / sqrt(n * channels)
+        # the median of n correlations by chance has a standard deviation of
+        # 1.25 / sqrt(n * channels)
         chance = 3 * 1.25 / (len(asked) * channels) ** 0.5
         if here < min(there / 3, max(0.1, chance)):
             blocks = (f"{stack}.{block}", f"{stack}.{block + 1}")

@@ -1,8 +1,9 @@
 """The kernels of compiled.c, built where a compiler was at hand when Surgery was installed.
 
 They do in one pass over bfloat16 what the kernels of merging.py, updates.py and selection.py do in
-many, and give the same bits. Where they weren't built those do it, in a multiple of the time. They take
-bytes, as numpy's uint8, and no torch, which takes longer to import than many a model takes to merge.
+many, and give the same bits. Where they weren't built those do it, in a multiple of the time. They
+take bytes, as numpy's uint8, and no torch, which takes longer to import than many a model takes to
+merge.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _leading_bits(flat: numpy.ndarray, level: int) -> numpy.ndarray:
 
 
 def magnitudes(base: numpy.ndarray, model: numpy.ndarray) -> numpy.ndarray:
-    """|model - base| in float32, of values of bfloat16, given as bytes or as they lie in 16 bits."""
+    """|model - base| in float32, of values of bfloat16, given as bytes or as 16 bits each."""
     with numpy.errstate(over="ignore", invalid="ignore"):
         made: numpy.ndarray = numpy.abs(widened(model) - widened(base))
     return made

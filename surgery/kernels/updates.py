@@ -53,7 +53,7 @@ def apply_updates(
     compute: DType,
     dtype: DType,
 ) -> torch.Tensor:
-    """base + the sum of scale_i * tau_i, in `compute`, rounded once to `dtype`; arXiv 2212.04089."""
+    """base + the sum of scale_i * tau_i in `compute`, rounded once to `dtype`; arXiv 2212.04089."""
     return (
         total_update(*updates, scales=scales, compute=compute)
         .add_(base.to(compute.torch))

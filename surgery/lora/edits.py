@@ -136,8 +136,9 @@ class _Collection:
         start = self._edited(name).start
         if rows.width != start.width or max(tokens) >= start.rows:
             self.problems.append(
-                f"{adapter.source.reference} was made for another base: it has rows of {rows.width} "
-                f"for tokens up to {max(tokens)} of {module}, and {name} is {list(start.shape)}"
+                f"{adapter.source.reference} was made for another base: it has rows of "
+                f"{rows.width} for tokens up to {max(tokens)} of {module}, and {name} is "
+                f"{list(start.shape)}"
             )
             return
         kind = wide(start, rows)
@@ -226,8 +227,8 @@ class _Collection:
             return ()
         if head is None:
             self.unsupported.append(
-                f"{self.base.source.reference} ties its head to {self.embedding}, which the adapter "
-                f"trained alone, and what the head would be called isn't known"
+                f"{self.base.source.reference} ties its head to {self.embedding}, which the "
+                f"adapter trained alone, and what the head would be called isn't known"
             )
             return ()
         self.unties, self.head = True, head

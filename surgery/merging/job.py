@@ -64,8 +64,8 @@ class Job:
 
         What isn't finite is looked for in every input as it is read; once, in the result, if the
         kernel `spreads` it there; once, by `measure`, if that reads every input (`measures_all`).
-        `direct`, told `scale`, does what `kernel` does with bytes of bfloat16, and is left out where
-        something else is asked.
+        `direct`, told `scale`, does what `kernel` does with bytes of bfloat16, and is left out
+        where something else is asked.
         """
         from surgery.kernels import compiled
 

@@ -43,7 +43,8 @@ DENSITY = Parameter(
     "density", None, "the part of each update to keep", True, low=0, high=1, above_low=True
 )
 EPSILON = Parameter(
-    "epsilon", 0.15, "keep the smallest of a row with density - epsilon, the largest with + epsilon",
+    "epsilon", 0.15,
+    "keep the smallest of a row with density - epsilon, the largest with + epsilon",
     True, low=0, high=1,
 )  # fmt: skip
 TRIM = Parameter("density", 0.2, DENSITY.doc, True, low=0, high=1, above_low=True)

@@ -1,7 +1,7 @@
 """Merge: several models, or what fine-tuning did to them, made into one, tensor by tensor.
 
-The methods are in `surgery/merging/`; here is what they have in common: what has to agree, tied heads,
-what isn't merged, and LiNeS on top.
+The methods are in `surgery/merging/`; here is what they have in common: what has to agree, tied
+heads, what isn't merged, and LiNeS on top.
 """
 
 from __future__ import annotations

@@ -28,7 +28,8 @@ def grown_tensors(
     unsplit: Container[str] = (),
 ) -> dict[str, LazyTensor]:
     """The tensors that widen, in the place of those of that name. `base` is asked for shapes.
-    Outgoing weights of that name in `unsplit` are copied as they are: something else splits them."""
+    Outgoing weights of that name in `unsplit` are copied as they are: something else splits
+    them."""
     tensors = {}
     for name, projection, axis in growth.mlp.axes():
         tensor = base[name]

@@ -37,8 +37,8 @@ def task_vector(
     check_pair(base, tuned)
     if tied_head(tuned, base) is not None and not tuned.anatomy.tied:
         raise UnsupportedError(
-            f"{tuned.source.reference} has a head of its own, and {base.source.reference} ties it to "
-            f"the embedding: the base has nothing that the head's update could be added to"
+            f"{tuned.source.reference} has a head of its own, and {base.source.reference} ties it "
+            f"to the embedding: the base has nothing that the head's update could be added to"
         )
     head, embedding = base.anatomy.head, tuned.anatomy.embedding
     tensors = {}

@@ -218,7 +218,8 @@ def _unheard_of(matching: Matching, tokenizer: Tokenizer) -> Iterator[str]:
     if tokens := matching.nowhere():
         yield (
             f"{tokenizer.source.reference}, whose tokenizer was asked for, has {len(tokens):,} "
-            f"tokens that none of the models has a row for ({_shown(tokens)}): pass the tokenizer of one of the models, or union"
+            f"tokens that none of the models has a row for ({_shown(tokens)}): pass the tokenizer "
+            f"of one of the models, or union"
         )
 
 

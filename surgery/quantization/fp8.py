@@ -195,5 +195,8 @@ def _bad_type(scale: LazyTensor, given: Mapping[str, Any]) -> str | None:
     if scale.dtype.name == "U8":
         if given.get("scale_fmt") == "ue8m0" or microscaled(given):
             return None
-        return "bytes are exponents of two where quantization_config has scale_fmt ue8m0, and it hasn't"
+        return (
+            "bytes are exponents of two where quantization_config has scale_fmt ue8m0, "
+            "and it hasn't"
+        )
     return "scales are floats"

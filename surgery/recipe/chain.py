@@ -1,4 +1,4 @@
-"""The steps of a recipe as one lazy chain: every checkpoint that it names, before any is computed."""
+"""The steps of a recipe as one lazy chain: every checkpoint it names, before any is computed."""
 
 from __future__ import annotations
 
@@ -172,7 +172,8 @@ class _Builder:
         found = self.made[name]
         if not isinstance(found, kind):
             raise MismatchError(
-                f"{name} is {KINDS[type(found)]}, and {self.step.operation} takes {KINDS[kind]} there"
+                f"{name} is {KINDS[type(found)]}, and {self.step.operation} takes {KINDS[kind]} "
+                f"there"
             )
         return found
 

@@ -107,7 +107,8 @@ def parse_setting(value: Any) -> Setting:
     if isinstance(value, list):
         if not value or not all(is_number(item) for item in value):
             raise ValueError(
-                f"{shortened(value)} isn't a list of finite numbers, from the first block to the last"
+                f"{shortened(value)} isn't a list of finite numbers, from the first block to the "
+                f"last"
             )
         return Gradient(tuple(map(float, value)))
     if isinstance(value, Mapping):
@@ -115,8 +116,8 @@ def parse_setting(value: Any) -> Setting:
             raise ValueError("there is no rule")
         return Rules(tuple(_rule(str(key), item) for key, item in value.items()))
     raise ValueError(
-        f"{shortened(value)} is neither a finite number, nor a list of them over depth, nor rules by role "
-        f"or name"
+        f"{shortened(value)} is neither a finite number, nor a list of them over depth, nor rules "
+        f"by role or name"
     )
 
 

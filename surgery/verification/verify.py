@@ -22,7 +22,8 @@ from surgery.verification.logits import NOISE_MULTIPLE, Logits, compare_logits
 @dataclass(frozen=True)
 class Verification:
     """What was found. A growth or an expansion must have both proofs; of two other models the
-    logits are only reported, and `certificate` is None. `logits` is None if they weren't asked for."""
+    logits are only reported, and `certificate` is None. `logits` is None if they weren't asked
+    for."""
 
     certificate: Certificate | None
     logits: Logits | None
@@ -48,8 +49,8 @@ class Verification:
         if self.logits is not None:
             logits = self.logits
             said.append(
-                f"{'outputs' if logits.kl_mean is None else 'logits'} of {logits.inputs} in {logits.dtype} on {logits.device} differ by "
-                f"at most {logits.max_difference:.3g}"
+                f"{'outputs' if logits.kl_mean is None else 'logits'} of {logits.inputs} in "
+                f"{logits.dtype} on {logits.device} differ by at most {logits.max_difference:.3g}"
                 + (f" (noise floor {logits.noise_floor:.3g})" if logits.noise_floor else "")
                 + (f", KL mean {logits.kl_mean:.3g}" if logits.kl_mean is not None else "")
                 + (f", first choices agree on {logits.top1:.1%}" if logits.top1 is not None else "")

@@ -42,8 +42,8 @@ def _misfit(
     elif first and axis == 0 and mine.shape[1:] != theirs.shape[1:]:
         yield (
             f"{name} has rows of {list(theirs.shape[1:])} in {other.source.reference} and of "
-            f"{list(mine.shape[1:])} in {model.source.reference}: models of different widths have no "
-            f"rows in common"
+            f"{list(mine.shape[1:])} in {model.source.reference}: models of different widths have "
+            f"no rows in common"
         )
     elif first and mine.dtype.kind != "float":
         yield f"{name} is {mine.dtype} in {model.source.reference}, and no matrix of weights"

@@ -30,7 +30,7 @@ _FOR_TEXTS = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
 _LOADED = re.compile(
     r"tokenizer\.model|sp[^/]*\.model|sentence[^/]*\.model|vocab\.txt|tekken\.json"
 )
-"""Files that transformers turns into a tokenizer; they name their tokens in formats of their own."""
+"""Files that transformers makes a tokenizer of; they name their tokens in formats of their own."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -30,7 +30,7 @@ BEHIND_BYTES = 1 << 28
 """Bytes that the disk may be behind: what a slow one can't take waits in the writer, not in the
 page cache, where gigabytes of it would stop every other process that writes."""
 SLOW_SECONDS = 0.1
-"""A disk that is waited for longer than this, while it takes STEP_BYTES, is slow to read as well."""
+"""A disk that is waited for longer than this while it takes STEP_BYTES is slow to read as well."""
 AHEAD = 4
 """Shards that may wait to be synced: a slow disk holds up the writer, and files stay few."""
 _WAIT_BEFORE, _WRITE, _WAIT_AFTER = 1, 2, 4  # linux/fs.h

@@ -30,8 +30,8 @@ from surgery.writing.shards import Finisher, OpenShard
 from surgery.writing.staging import Stage, check_target, publish, staged_bytes, staging
 
 BLOCK_ELEMENTS = 1 << 19
-"""Elements computed at a time: 2 MB in float32. Fewer, and threads wait for each other's turn in the
-interpreter; more, and what one operation leaves isn't in a cache any more for the next."""
+"""Elements computed at a time: 2 MB in float32. Fewer, and threads wait for each other's turn in
+the interpreter; more, and what one operation leaves isn't in a cache any more for the next."""
 BARE_MEMORY, WITH_TORCH = 60_000_000, 250_000_000
 """Bytes that a Python process takes before it does anything, and one with torch in it."""
 COPY_BYTES = 1 << 26
@@ -69,7 +69,8 @@ def write(
     checksums: bool = False,
     sign_key: str | Path | None = None,
 ) -> Written:
-    """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not at all.
+    """Write `weights` (a checkpoint, a task vector) to the directory `target`, completely or not
+    at all.
 
     A run that is stopped leaves the shards that it has finished beside the target. With `resume`
     the next one that is to write the same keeps them, after their bytes are checked; `tell` is
@@ -80,7 +81,8 @@ def write(
     exception that it raises leaves nothing behind. `verification`, `recipe` and `command`, plain
     data, go into the record. With `checksums` the record has the SHA-256 of every input file, and
     `SHA256SUMS` that of every file written; with `sign_key`, the file of a private key, `model.sig`
-    is a signature of all of them. Raises OutputError if the target is in the way, or the disk is full.
+    is a signature of all of them. Raises OutputError if the target is in the way, or the disk is
+    full.
     """
     target = Path(target).absolute()
     prepare(weights, target, overwrite=overwrite)
@@ -192,8 +194,9 @@ def check_space(layout: Plan, target: Path) -> None:
 
 
 def peak_memory(layout: Plan, threads: int | None = None) -> int:
-    """Bytes of memory that writing takes at its peak, about: Python, with torch where that is needed,
-    and what each thread holds of a block: its inputs, as many temporaries, and the result."""
+    """Bytes of memory that writing takes at its peak, about: Python, with torch where that is
+    needed, and what each thread holds of a block: its inputs, as many temporaries, and the
+    result."""
     most = 0
     for name in layout.computed:
         tensor = layout.weights[name]
