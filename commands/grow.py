@@ -167,5 +167,3 @@ def _print(given: Checkpoint, grown: Checkpoint, mlps: list[dict[str, Any]], tar
     out.print(rows)
     out.print(f"{count(given.numel)} parameters became {count(grown.numel)}.")
     out.print(f"Written to {target}")
-    if not {"mlp_widths", "mlp_width_keys", "mlp_module_widths"}.isdisjoint(grown.config):
-        out.print("Layers differ in width: load it with trust_remote_code=True.")

@@ -44,8 +44,22 @@ def parse_size(text: str) -> int:
     return size
 
 
+def parse_out(text: str) -> Path:
+    """A directory to write. An empty name would be the one that we are in: an unset variable."""
+    if not text.strip():
+        raise typer.BadParameter("it is empty")
+    return Path(text)
+
+
 Out = Annotated[
-    Path, typer.Option("--out", "-o", help="The directory to write; it must not exist yet.")
+    Path,
+    typer.Option(
+        "--out",
+        "-o",
+        parser=parse_out,
+        metavar="PATH",
+        help="The directory to write; it must not exist yet.",
+    ),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output directory, as a whole.")
@@ -87,7 +101,7 @@ SignKey = Annotated[
         "--sign-key",
         metavar="FILE",
         help="Sign the output with this private key (elliptic curve, PEM), as model.sig; needs "
-        "surgery[signing].",
+        "the extra 'signing' of model-surgery.",
     ),
 ]
 Verify = Annotated[

@@ -165,6 +165,7 @@ def note(text: str) -> None:
 def plan_as_json(layout: Plan, free: int, memory: int) -> dict[str, Any]:
     """What would be written."""
     from surgery import Checkpoint
+    from surgery.writing.record import notes_of
 
     weights = layout.weights
     return {
@@ -184,7 +185,7 @@ def plan_as_json(layout: Plan, free: int, memory: int) -> dict[str, Any]:
         "bytes_free": free,
         "memory_peak": memory,
         "notes": [
-            *weights.notes,
+            *notes_of(weights),
             *(weights.anatomy.notes if isinstance(weights, Checkpoint) else ()),
         ],
     }

@@ -28,6 +28,7 @@ from .options import (
     Verify,
     VerifyDtype,
     VerifyDtypeOption,
+    parse_out,
 )
 from .output import command_line, console, note, print_json, print_plan, progress, table
 from .writes import Proof, Target, planned
@@ -44,7 +45,13 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, or a configuration of mergekit's.")],
     out: Annotated[
         Path | None,
-        typer.Option("--out", "-o", help="Where to write the output, if no step says so."),
+        typer.Option(
+            "--out",
+            "-o",
+            parser=parse_out,
+            metavar="PATH",
+            help="Where to write the output, if no step says so.",
+        ),
     ] = None,
     change: Annotated[
         list[str] | None,
@@ -138,6 +145,9 @@ def run(
         checksums=checksums,
         sign_key=sign_key,
     )
+    for name, one in outcome.written.items():
+        for text in one.record["notes"]:
+            note(f"note: {name}: {text}")
     if part is not None:
         _print_part(outcome, given.output, json=json)
     elif json:

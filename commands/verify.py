@@ -69,6 +69,7 @@ def verify(
         print_verification(verification)
         if verification.certificate is None:
             console().print(
-                "OTHER wasn't grown or expanded from BASE: nothing has to hold, this is the drift."
+                f"{other} isn't {base} grown or expanded and nothing else: nothing has to hold, "
+                f"this is the drift."
             )
     verification.require()

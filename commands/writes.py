@@ -101,10 +101,10 @@ def write_edited(
             checksums=target.checksums,
             sign_key=target.sign_key,
         )
-    for text in edited.notes:
+    for text in written.record["notes"]:
         note(f"note: {text}")
     if target.json:
-        print_json({"out": str(target.out), **written.record})
+        print_json({"out": str(written.target), **written.record})
     return written
 
 

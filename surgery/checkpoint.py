@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from surgery.anatomy import Anatomy, Corrections, infer, settled_config
+from surgery.anatomy.infer import MODULE_WIDTHS_KEY, WIDTH_KEYS_KEY, WIDTHS_KEY
 from surgery.files import as_bytes
 from surgery.hub import Source
 from surgery.quantization.fp8 import Layout, find_layout
@@ -165,6 +166,12 @@ class Checkpoint(Weights):
     def settled_config(self) -> dict[str, Any]:
         """The config, with what it says of tied heads made to agree with the files."""
         return settled_config(self.config, self.anatomy)
+
+    @property
+    def needs_code(self) -> bool:
+        """Whether layers differ in width, so that stock classes can't load it: our modeling file
+        beside the shards does."""
+        return not {WIDTHS_KEY, WIDTH_KEYS_KEY, MODULE_WIDTHS_KEY}.isdisjoint(self.config)
 
     @cached_property
     def quantization(self) -> Quantization | None:

@@ -72,10 +72,13 @@ def _open(reference: str | Path, headers_only: bool) -> Checkpoint:
     if source.path.is_file():
         headers = {source.path.name: read_header(source.path)}
         sizes = {source.path.name: source.path.stat().st_size}
+        folder = source.path.parent
+        beside = [f"{source.reference}: {CONFIG} beside it isn't read: give {folder} to have it"]
         return Checkpoint(
-            tensors=_tensors(headers, source.path.parent),
+            tensors=_tensors(headers, folder),
             config={},
             source=replace(source, files=sizes),
+            notes=tuple(beside if (folder / CONFIG).is_file() else ()),
         )
     files, index, notes = _weight_files(source)
     tensors, source, more = _open_files(source, files, index)

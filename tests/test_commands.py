@@ -174,6 +174,7 @@ def test_dry_run_reads_no_tensor_and_writes_nothing(
         (["lines", "BASE", "BASE", "--alpha", "nan"], 2, "alpha is nan"),
         (["grow", "BASE", "--layers", "1-7"], 2, "1-7 isn't among the 2 layers, which are 0 to 1"),
         (["grow", "BASE", "--factor", "0.5"], 2, "factor is 0.5, and has to be above 1"),
+        (["grow", "BASE", "-o", ""], 2, "'--out' / '-o': it is empty"),
         (["grow", "./nowhere"], 3, "'./nowhere': there is no such directory"),
         (["lines", "BASE", "OTHER", "--alpha", "0.5"], 3, "model_type is llama and gpt2"),
         (["grow", "QUANTIZED"], 4, "is quantized: fp8"),
@@ -187,11 +188,28 @@ def test_bad_input_ends_with_a_message_and_a_code(
     config["quantization_config"] = {"quant_method": "fp8"}
     (quantized / "config.json").write_text(json.dumps(config))
     given = {"BASE": make_model(), "OTHER": make_model("gpt2", "other"), "QUANTIZED": quantized}
-    result = surgery(*(given.get(arg, arg) for arg in args), "-o", tmp_path / "out")
+    verb, *rest = (given.get(arg, arg) for arg in args)
+    result = surgery(verb, "-o", tmp_path / "out", *rest)
     assert result.exit_code == code
     assert message in result.stderr
     assert "Traceback" not in result.output
     assert not (tmp_path / "out").exists()
+
+
+def test_the_help_names_the_extra_that_signing_needs() -> None:
+    assert "'signing'" in surgery("lines", "--help").stdout
+
+
+def test_a_file_alone_says_what_lies_beside_it(make_model: Make, tmp_path: Path) -> None:
+    base = make_model()
+    args = "grow", base / "model.safetensors", "-o", tmp_path / "out", "--no-logits", "--json"
+    result = surgery(*args)
+    assert result.exit_code == 0
+    told = f"config.json beside it isn't read: give {base} to have it"
+    assert told in result.stderr
+    report = json.loads(result.stdout)
+    assert any(told in text for text in report["notes"])
+    assert report["out"] == str(tmp_path / "out")
 
 
 def test_an_output_that_exists_is_refused_before_the_proof(

@@ -360,6 +360,10 @@ def test_what_can_not_be_followed_is_refused(make_model: Make, tmp_path: Path) -
     raw = save_raw(tmp_path / "raw", {"w": torch.ones(2)}, config={"model_type": "llama"})
     with pytest.raises(UnsupportedError, match="no stack of blocks"):
         expand(open_checkpoint(raw), copies=1)
+    block = {f"encoder.vision.layers.{at}.{n}": torch.ones(2, 2) for at in range(2) for n in "abc"}
+    tower = save_raw(tmp_path / "tower", block, config={"model_type": "vit"})
+    with pytest.raises(UnsupportedError, match=r"those that read images or sounds \(encoder.vis"):
+        expand(open_checkpoint(tower), copies=1)
     quantized = {**base.config, "quantization_config": {"quant_method": "fp8"}}
     with pytest.raises(UnsupportedError, match="quantized"):
         expand(replace(base, config=quantized), copies=1)

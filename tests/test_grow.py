@@ -31,6 +31,7 @@ from families import (
 
 from surgery import (
     ArgumentError,
+    Checkpoint,
     UnsupportedError,
     grow,
     open_checkpoint,
@@ -551,6 +552,31 @@ def test_parameters_are_checked_at_once():
     assert problems_of(ArgumentError, low, symmetry_break=0.001) == [
         "symmetry_break is 0.001, and BF16 weights can't be split that finely: give at least 0.0078"
     ]
+
+
+def test_arguments_of_another_type_are_refused():
+    base = build("llama")
+    assert problems_of(ArgumentError, base, factor="2", multiple_of=1.5, seed="a") == [
+        "multiple_of is 1.5, and has to be a whole number",
+        "seed is 'a', and has to be a whole number",
+        "factor is '2', and has to be a number",
+    ]
+    assert problems_of(ArgumentError, base, layers=[1, 2]) == [
+        "layers is [1, 2], and has to be text: 'all', '8-15' or '0,4,-1'"
+    ]
+
+
+def test_what_loads_by_the_code_beside_the_shards_says_so(tmp_path: Path):
+    base = open_checkpoint(build("llama"))
+    told = "layers differ in MLP width: load it with trust_remote_code=True"
+    uneven = grow(base, layers="0")
+    assert write(uneven, tmp_path / "uneven").record["notes"] == [told]
+    again = grow(open_checkpoint(tmp_path / "uneven"), layers="1,2", width=uneven_width(uneven))
+    assert write(again, tmp_path / "even").record["notes"] == []
+
+
+def uneven_width(checkpoint: Checkpoint) -> int:
+    return max(mlp.width for mlp in checkpoint.anatomy.every_mlp)
 
 
 def test_layers_that_aren_t_there_are_refused():

@@ -30,7 +30,7 @@ from transformers import (
     WhisperConfig,
 )
 
-from surgery import FormatError, UnsupportedError, grow, open_checkpoint, verify
+from surgery import ArgumentError, FormatError, UnsupportedError, grow, open_checkpoint, verify
 from surgery.modeling.hollow import HollowModel, _shapes_only
 from surgery.tensor import LazyTensor
 from surgery.verification import compare_logits
@@ -338,10 +338,30 @@ def test_a_text_is_tokenized_by_the_model_s_own_tokenizer(tmp_path: Path):
     long = make_inputs(base, text=tmp_path / "long.txt").values["input_ids"]
     assert long.shape == (1, 64)  # as many as the model has positions
     (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(FormatError, match="has no token"):
+    with pytest.raises(FormatError, match=r"empty\.txt is empty"):
         make_inputs(base, text=tmp_path / "empty.txt")
-    with pytest.raises(FormatError, match="can't be read"):
-        make_inputs(base, text=tmp_path / "no.txt")
+    with pytest.raises(FormatError, match=r"no\.txt can't be read: No such file or directory$"):
+        make_inputs(base, text=str(tmp_path / "no.txt"))
+
+
+def test_models_that_take_different_inputs_say_so():
+    words, images = open_checkpoint(build("llama")), open_checkpoint(model("vit"))
+    for base, other, name in ((words, images, "input_ids"), (images, words, "pixel_values")):
+        with pytest.raises(UnsupportedError, match=f"takes no {name}, which is what the other"):
+            verify(base, other, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"device": "gpu"}, "device is 'gpu', and has to be 'auto', 'cpu', 'cuda' or 'mps'"),
+        ({"dtype": "bfloat16"}, "dtype is 'bfloat16', and has to be 'float32' or 'float64'"),
+    ],
+)
+def test_where_and_how_to_run_is_checked(options: dict[str, Any], message: str):
+    base = open_checkpoint(build("llama"))
+    with pytest.raises(ArgumentError, match=message):
+        verify(base, base, **options)
 
 
 def test_a_text_needs_a_tokenizer_and_a_model_that_takes_it(tmp_path: Path):

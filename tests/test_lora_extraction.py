@@ -284,6 +284,7 @@ def test_one_file_whatever_its_size(make_model: Make, tmp_path: Path) -> None:
         ({"rank": 2, "energy": 1.5}, "energy is 1.5, and has to be above 0 and at most 1"),
         ({"rank": 2, "method": "fast"}, "method is 'fast'"),
         ({"rank": 2, "dtype": "int8"}, "dtype is 'int8'"),
+        ({"rank": 2, "modules": "q_proj"}, "modules is 'q_proj', and has to be a list of names"),
         ({"rank": 2, "modules": ["q_proj", "nothing"]}, "no linear layer is called 'nothing'"),
     ],
 )

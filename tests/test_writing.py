@@ -410,6 +410,12 @@ def test_a_number_of_threads_that_cannot_be(checkpoint: Checkpoint, tmp_path: Pa
     assert os.listdir(tmp_path) == ["given"]
 
 
+def test_a_shard_that_could_hold_nothing(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match="max_shard_bytes is 0, and has to be at least 1"):
+        write(checkpoint, tmp_path / "out", max_shard_bytes=0)
+    assert os.listdir(tmp_path) == ["given"]
+
+
 @pytest.mark.parametrize("how", ["short", "wide"])
 def test_a_kernel_that_breaks_its_promise(checkpoint: Checkpoint, tmp_path: Path, how: str) -> None:
     """Rows of another number or type than planned would lie in the next tensor's place."""

@@ -36,6 +36,8 @@ class Modules:
 def find_modules(base: Checkpoint, patterns: Sequence[str] | None) -> Modules:
     """Every linear layer inside the blocks, or those that `patterns` match: whole names or their
     ends, with * and ? as in file names. Raises ArgumentError for a pattern that matches none."""
+    if isinstance(patterns, str):  # a sequence of letters, to Python
+        raise ArgumentError(f"modules is {patterns!r}, and has to be a list of names")
     known = layers(base.config) if base.config else _as_stored(base)
     names = Names(base)
     owners: dict[str, tuple[str, str]] = {}

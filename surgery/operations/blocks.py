@@ -169,6 +169,8 @@ def main_stack(model: Checkpoint) -> str:
     own = [stack for stack in stacks if not _TOWER.search(stack)]
     if len(own) != 1:
         found = f"several stacks of blocks ({', '.join(own)})" if own else "no stack of blocks"
+        if stacks and not own:
+            found = f"no stack of blocks but those that read images or sounds ({', '.join(stacks)})"
         raise UnsupportedError(
             f"{model.source.reference} has {found}, and blocks are taken from models with one"
         )

@@ -81,7 +81,7 @@ def grow(
     Raises ArgumentError or UnsupportedError before any tensor is written. Only `choose="norm"`
     reads tensors here.
     """
-    _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break)
+    _check_arguments(base, factor, width, experts, multiple_of, choose, symmetry_break, seed)
     scaled = scaled_weights(base)
     stacks, left = chosen_stacks(base, scope)
     mlps = _chosen(base, stacks, layers, experts)
@@ -199,8 +199,21 @@ def _check_arguments(
     multiple_of: int,
     choose: str,
     symmetry_break: float,
+    seed: int,
 ) -> None:
-    problems = []
+    whole = {"width": width, "multiple_of": multiple_of, "seed": seed}
+    numbers = {"factor": factor, "symmetry_break": symmetry_break}
+    problems = [
+        f"{name} is {value!r}, and has to be a whole number"
+        for name, value in whole.items()
+        if value is not None and type(value) is not int
+    ]
+    problems += [
+        f"{name} is {value!r}, and has to be a number"
+        for name, value in numbers.items()
+        if value is not None and not isinstance(value, (int, float))
+    ]
+    ArgumentError.raise_if(problems)
     if factor is not None and width is not None:
         problems.append("give either factor or width, not both")
     if factor is not None and not (isfinite(factor) and factor > 1):

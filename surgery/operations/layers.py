@@ -13,6 +13,8 @@ _RANGE = re.compile(r"\s*(-?\d+)\s*(?:-\s*(-?\d+)\s*)?")
 def parse_layers(text: str, depth: int) -> list[int]:
     """The blocks that `text` names of `depth`, in order. They count from 0, and from -1 back; a
     range has both its ends. Raises ArgumentError for what isn't there."""
+    if not isinstance(text, str):
+        raise ArgumentError(f"layers is {text!r}, and has to be text: 'all', '8-15' or '0,4,-1'")
     if text.strip() == "all":
         return list(range(depth))
     chosen: set[int] = set()

@@ -56,8 +56,8 @@ class Certificate:
     def what(self) -> str:
         """What was edited, in a few words."""
         if self.new_blocks:
-            return f"{self.new_blocks} new blocks"
-        return f"{self.grown_mlps:,} grown MLPs"
+            return f"{self.new_blocks:,} new block{'' if self.new_blocks == 1 else 's'}"
+        return f"{self.grown_mlps:,} grown MLP{'' if self.grown_mlps == 1 else 's'}"
 
 
 def certify(

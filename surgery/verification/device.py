@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, get_args
 
 from surgery.checkpoint import Checkpoint
-from surgery.errors import UnsupportedError
+from surgery.errors import ArgumentError, UnsupportedError
 from surgery.untrusted import brief
 
 VerifyDtype = Literal["float32", "float64"]
@@ -55,6 +56,10 @@ def _pick_device(device: str, dtype: VerifyDtype) -> str:
     """ "auto" is CUDA, or Apple's MPS (which has no float64), or the CPU."""
     import torch
 
+    if dtype not in get_args(VerifyDtype):
+        raise ArgumentError(f"dtype is {dtype!r}, and has to be 'float32' or 'float64'")
+    if device not in ("auto", "cpu", "mps") and not re.fullmatch(r"cuda(:\d+)?", device):
+        raise ArgumentError(f"device is {device!r}, and has to be 'auto', 'cpu', 'cuda' or 'mps'")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
         return "cuda" if cuda else "mps" if mps and dtype == "float32" else "cpu"

@@ -37,7 +37,7 @@ class Inputs:
     unreached: frozenset[tuple[str, int, str]] | None = None
 
 
-def make_inputs(checkpoint: Checkpoint, *, seed: int = 0, text: Path | None = None) -> Inputs:
+def make_inputs(checkpoint: Checkpoint, *, seed: int = 0, text: str | Path | None = None) -> Inputs:
     """Inputs for the stock class of a checkpoint, random unless `text` has some for it.
 
     Where a model takes text and images, videos or sounds, they come together if that goes through,
@@ -47,7 +47,7 @@ def make_inputs(checkpoint: Checkpoint, *, seed: int = 0, text: Path | None = No
     from surgery.modeling.hollow import HollowModel
 
     hollow = HollowModel(checkpoint)
-    given = None if text is None else _tokenized(checkpoint, text)
+    given = None if text is None else _tokenized(checkpoint, Path(text))
     first: Exception | None = None
     for mend in (False, True):  # as they were thought of first: what is mended is a guess more
         trials = Trials(hollow, seed, mend=mend)
@@ -94,7 +94,10 @@ def _tokenized(checkpoint: Checkpoint, path: Path) -> torch.Tensor:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise FormatError(f"the text {path} can't be read: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"the text {path} can't be read: {reason}") from error
+    if not text.strip():  # a tokenizer that begins with a token of its own makes one of nothing
+        raise FormatError(f"the text {path} is empty")
     ids = tokenize(checkpoint, text[: 64 * TEXT_TOKENS])[:, :TEXT_TOKENS]
     if not ids.numel():
         raise FormatError(f"the text {path} has no token")

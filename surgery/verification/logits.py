@@ -89,7 +89,7 @@ def compare_logits(
     dtype: VerifyDtype = "float32",
     seed: int = 0,
     places: Mapping[str, str] | None = None,
-    text: Path | None = None,
+    text: str | Path | None = None,
     streamed: bool | None = None,
 ) -> Logits:
     """Run both on the same inputs: the start of `text`, or random tokens, images or sounds as the

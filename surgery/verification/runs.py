@@ -147,6 +147,11 @@ def _outputs(model: Any, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tens
     except SurgeryError:  # of a file that is read meanwhile
         raise
     except Exception as error:  # of any type: sizes in the config that contradict each other
+        if strange := sorted(inputs.keys() - accepted):
+            raise UnsupportedError(
+                f"{type(model).__name__} takes no {' and no '.join(strange)}, which is what the "
+                f"other model runs on: models of different inputs can't be compared"
+            ) from error
         raise UnsupportedError(
             f"transformers can't run the {type(model).__name__} of this config: {error}; "
             f"--no-logits leaves the certificate"

@@ -104,7 +104,7 @@ def verify(
     logits: bool = True,
     device: str = "auto",
     dtype: VerifyDtype = "float32",
-    text: Path | None = None,
+    text: str | Path | None = None,
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> Verification:

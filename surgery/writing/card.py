@@ -130,7 +130,7 @@ def _body(weights: Weights, record: Mapping[str, Any]) -> list[str]:
                 "they are. LLaMA Pro trains those alone, and freezes all else."
             ),
         ]
-    if isinstance(weights, Checkpoint) and "auto_map" in weights.config:
+    if isinstance(weights, Checkpoint) and weights.needs_code:
         lines += ["", "Loading takes `trust_remote_code=True`: layers differ in MLP width."]
     return lines
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from surgery.checkpoint import Weights
+from surgery.errors import ArgumentError
 from surgery.header import LENGTH_BYTES
 from surgery.tensor import FileSpan, LazyTensor
 
@@ -85,7 +86,12 @@ class Plan:
 
 
 def plan(weights: Weights, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> Plan:
-    """Lay out all shards. Tensors keep their order; a shard is full before the next begins."""
+    """Lay out all shards. Tensors keep their order; a shard is full before the next begins.
+
+    Raises ArgumentError if a shard could hold nothing.
+    """
+    if max_shard_bytes < 1:
+        raise ArgumentError(f"max_shard_bytes is {max_shard_bytes}, and has to be at least 1")
     groups: list[dict[str, LazyTensor]] = [{}]
     size = 0
     for name, tensor in weights.items():

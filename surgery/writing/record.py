@@ -46,8 +46,16 @@ def make_record(
         "norms": update_norms(weights, tallies),
         "verification": verification,
         "versions": {name: version(name) for name in ("torch", "safetensors", "transformers")},
-        "notes": list(weights.notes),
+        "notes": notes_of(weights),
     }
+
+
+def notes_of(weights: Weights) -> list[str]:
+    """What there is to say of `weights` when they are written: how to load them too, which the
+    next edit may change."""
+    if not isinstance(weights, Checkpoint) or not weights.needs_code:
+        return list(weights.notes)
+    return [*weights.notes, "layers differ in MLP width: load it with trust_remote_code=True"]
 
 
 def _corrections(weights: Weights) -> dict[str, Any]:
