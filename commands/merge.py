@@ -141,9 +141,8 @@ def _check_base(method: str, models: list[str], *, no_base: bool, lines: str | N
 
     chosen = find_method(method)
     if chosen.base == "none" and not no_base and lines is None:
-        raise ArgumentError(
-            f"{method} takes no base: pass --no-base to merge all {len(models)} models given"
-        )
+        given = f"all {len(models)} models" if len(models) > 1 else "the model"
+        raise ArgumentError(f"{method} takes no base: pass --no-base to merge {given} given")
     if no_base and chosen.needs_base:
         raise ArgumentError(f"{method} needs the base: leave --no-base out, and give it first")
 

@@ -30,8 +30,10 @@ def methods(json: AsJson = False) -> None:
         if method.parameters:
             shown = ", ".join(_shown(parameter) for parameter in method.parameters)
             out.print(Padding(shown, (0, 0, 0, 4), expand=False))
-    out.print("A parameter without a default has to be given. `surgery methods --json` says what")
-    out.print("each means, its range, and whether it can differ from model to model.")
+    out.print(
+        "A parameter without a default has to be given. `surgery methods --json` says what each "
+        "means, its range, and whether it can differ from model to model."
+    )
 
 
 def _takes(method: Method) -> str:

@@ -78,7 +78,7 @@ class TaskVector(Weights):
                 f"{self.base.fingerprint[:12]}), and {name} has other weights "
                 f"({other.fingerprint[:12]}): give the base that it was made from; to change "
                 f"another model, merge: `surgery merge BASE MODEL TUNED --method task_arithmetic "
-                f"--weight 1,-0.5`"
+                f"--weight 1,SCALE`"
             )
 
     def __add__(self, other: TaskVector) -> TaskVector:

@@ -407,7 +407,7 @@ def test_the_command_proves_writes_and_verify_agrees(make_model: Make, tmp_path:
     assert "2 new blocks" in again.stdout
     shown = surgery("expand", base, "-o", tmp_path / "b", "--after", "-1", "--no-logits")
     assert shown.exit_code == 0
-    for text in ("1 new blocks", "model.layers", "became", "train the new blocks alone"):
+    for text in ("1 new block,", "model.layers", "became", "train the new blocks alone"):
         assert text in shown.stdout
     card = (out / "README.md").read_text()
     assert "LLaMA Pro trains those alone" in card

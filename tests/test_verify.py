@@ -260,7 +260,7 @@ def test_padding_has_to_be_zero(name: str, tmp_path: Path):
         assert failure.startswith(f"{key}: ")
         messages.add(failure.removeprefix(f"{key}: "))
     p = family.width
-    row = f"rows {p} to {2 * p} are padding, and aren't zero"
+    row = f"rows {p} to {2 * p - 1} are padding, and aren't zero"
     outgoing = "outgoing weights of padding aren't zero"
     column = "columns of padding aren't zero"
     assert messages == ({row, outgoing} if name == "llama" else {row, outgoing, column})

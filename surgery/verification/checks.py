@@ -33,7 +33,7 @@ class Check:
         if self.grown.leaf is not None and self.grown.leaf == self.base.leaf:
             return None  # the same bytes of the same file
         if not same_bits(self.grown.read(start, stop), self.base.read(start, stop)):
-            return f"rows {start} to {stop} differ from the base's, and nothing should"
+            return f"rows {start} to {stop - 1} differ from the base's, and nothing should"
         return None
 
 
@@ -66,9 +66,9 @@ class Rows(Check):
             part = rows[at - start : end - start]
             if source < 0:
                 if bool((part != 0).any()):
-                    return f"rows {at} to {end} are padding, and aren't zero"
+                    return f"rows {at} to {end - 1} are padding, and aren't zero"
             elif not same_bits(part, self.base.read(source, source + end - at)):
-                return f"rows {at} to {end} aren't those they are copies of, from row {source} on"
+                return f"rows {at} to {end - 1} aren't copies of those from row {source} on"
         return None
 
 
