@@ -136,7 +136,7 @@ def run(
         proving=Proving(logits, device.value, verify_dtype.value),
         report=report,
         checked=partial(_show_checks, json=json),
-        work=Work(threads=threads, bar=progress),
+        work=Work(threads=threads, bar=progress, tell=note),
         command=command_line(),
         resume=not fresh,
         part=part,
@@ -206,7 +206,7 @@ def _dry_run(recipe: Recipe, out: Path | None, target: Target, proof: Proof) -> 
     required = requirements(recipe, verify=proof.verify)
     targets = targets_of(recipe, out)
     inputs = open_inputs(recipe, headers_only=True)
-    models = build(recipe, inputs, Work(measure=False))
+    models = build(recipe, inputs, Work(measure=False, tell=note))
     check_requirements(recipe, models, required, Proving(proof.logits, proof.device, proof.dtype))
     check_targets(targets, inputs, models, overwrite=target.overwrite)
     plans = {

@@ -749,3 +749,50 @@ steps:
         assert result.exit_code == 3
         assert said in result.stderr
         assert "Traceback" not in result.stderr
+
+
+def test_what_to_do_about_vocabularies_is_said_for_recipes(
+    family: dict[str, Path], make_model: Make, tmp_path: Path
+) -> None:
+    """Not with an argument or an option, which recipes don't have."""
+    family["small"] = make_model(name="small", vocab_size=32, **QUICK)
+    steps = """
+steps:
+  one: {lines: {base: base, tuned: small, alpha: 0.5}}
+  two: {merge: {models: [a, small], method: linear}}
+  three: {merge: {models: [a], method: linear, pad_to_multiple_of: 8}}
+"""
+    result = surgery("run", recipe(tmp_path, steps, **family), "-o", tmp_path / "out", "--dry-run")
+    said = "\n".join(problems(result))
+    assert "a merge with method: task_arithmetic, lines: [alpha, beta] and tokenizer: uni" in said
+    assert "give the merge tokenizer: base, union or the name of a model to have rows" in said
+    assert "give the merge tokenizer: base with it to keep the base's" in said
+    assert "--tokenizer" not in said
+    assert "tokenizer='base'" not in said
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_conditions_that_fit_nothing_are_noted(
+    family: dict[str, Path], tmp_path: Path, dry: bool
+) -> None:
+    steps = """
+steps:
+  merged:
+    merge:
+      models: [a, {model: b, weight: {router: 2, mlp: 3, default: 1}}]
+      base: base
+      method: ties
+      density: {"*.mlp.dwn_proj.*": 0.3, "*.mlp.down_proj.*": 0.4, default: 0.2}
+"""
+    path = recipe(tmp_path, steps, **family)
+    result = surgery("run", path, "-o", tmp_path / "o", *(["--dry-run"] if dry else []))
+    assert result.exit_code == 0, result.stderr
+    notes = [line for line in result.stderr.splitlines() if line.startswith("note:")]
+    lines = {text: n for n, text in enumerate(path.read_text().splitlines(), 1)}
+    weights, densities = (
+        next(n for text, n in lines.items() if part in text) for part in ("router", "dwn_proj")
+    )
+    assert notes == [
+        f"note: {path}:{densities}: density: no tensor fits '*.mlp.dwn_proj.*'",
+        f"note: {path}:{weights}: weight: no tensor fits 'router'",
+    ]

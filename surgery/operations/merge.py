@@ -29,6 +29,7 @@ from surgery.parallel import Progress
 from surgery.tensor import LazyTensor
 
 PerTensor = Callable[[str], Mapping[str, Any]]
+KEEP_TOKENIZER = "pass tokenizer='base' (--tokenizer base) with it to keep the base's"
 
 
 def merge(
@@ -142,10 +143,7 @@ def _computable(
 
 def _padding_alone(multiple: int | None) -> Iterator[str]:
     if multiple is not None:
-        yield (
-            "pad_to_multiple_of pads the rows of a tokenizer: pass tokenizer='base' "
-            "(--tokenizer base) with it to keep the base's"
-        )
+        yield f"pad_to_multiple_of pads the rows of a tokenizer: {KEEP_TOKENIZER}"
 
 
 class _Merging:

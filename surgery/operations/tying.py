@@ -9,6 +9,8 @@ from surgery.checkpoint import Checkpoint
 from surgery.errors import UnsupportedError
 from surgery.tensor import LazyTensor
 
+RESIZE_ONE = "resize the embeddings of one to match the other"
+
 
 def unlike_vocabularies(before: Checkpoint, after: Checkpoint) -> list[str]:
     """What is wrong with the embedding of the one and the head of the other in one model."""
@@ -19,7 +21,7 @@ def unlike_vocabularies(before: Checkpoint, after: Checkpoint) -> list[str]:
         (
             f"{own} is {list(before[own].shape)} in {before.source.reference}, and {other} is "
             f"{list(after[other].shape)} in {after.source.reference}: the vocabularies differ; "
-            f"resize the embeddings of one to match the other"
+            f"{RESIZE_ONE}"
         )
     ]
 

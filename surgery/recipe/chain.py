@@ -21,12 +21,15 @@ from surgery.operations.dequantize import dequantize
 from surgery.operations.expand import expand
 from surgery.operations.grow import grow
 from surgery.operations.layers import parse_layers
-from surgery.operations.lines import lines
-from surgery.operations.merge import merge
+from surgery.operations.lines import ALIGN_FIRST, lines
+from surgery.operations.merge import KEEP_TOKENIZER, merge
+from surgery.operations.mergeable import MATCH_ROWS
 from surgery.operations.task_vectors import apply, task_vector
+from surgery.operations.tying import RESIZE_ONE
 from surgery.operations.vocabulary import Tokenizer
 from surgery.parallel import Progress
 from surgery.recipe.anatomy import Given, correct, correct_anatomy
+from surgery.recipe.conditions import check_every_tensor, unused_conditions
 from surgery.recipe.document import Steps
 from surgery.recipe.schema import (
     ApplyArguments,
@@ -56,6 +59,21 @@ KINDS = {
 Bar = Callable[[str, int], AbstractContextManager[Progress]]
 """Shows the progress of a job, by its name and its size in bytes."""
 T = TypeVar("T", Checkpoint, TaskVector)
+OURS = {
+    MATCH_ROWS: "give the merge tokenizer: base, union or the name of a model to have rows matched "
+    "by token",
+    KEEP_TOKENIZER: "give the merge tokenizer: base with it to keep the base's",
+    ALIGN_FIRST: "a merge with method: task_arithmetic, lines: [alpha, beta] and tokenizer: union "
+    "matches rows by token, and scales as lines does",
+}
+"""What there is to do in a recipe, in the place of an argument or an option."""
+THEIRS = {
+    MATCH_ROWS: "add tokenizer_source: union (or base, or a model) to have rows matched by token",
+    KEEP_TOKENIZER: "add tokenizer_source: base with it to keep the base's",
+    RESIZE_ONE: f"{RESIZE_ONE} (tokenizer_source isn't there for slices that are put one after "
+    f"another)",
+}
+"""The same in mergekit's configurations."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +84,8 @@ class Work:
     measure: bool = True
     threads: int | None = None
     bar: Bar | None = None
+    tell: Callable[[str], object] | None = None
+    """Called with what is noticed and is no mistake."""
 
     def progress(self, label: str, size: int) -> AbstractContextManager[Progress | None]:
         return nullcontext() if self.bar is None else self.bar(label, size)
@@ -84,7 +104,7 @@ def open_inputs(recipe: Recipe, *, headers_only: bool = False) -> dict[str, Mode
                 opener = open_adapter
             opened[name] = opener(reference, headers_only=headers_only)
         if isinstance(model := opened.get(name), Checkpoint) and name in recipe.anatomy:
-            with errors.of(()):
+            with errors.of(None):
                 opened[name] = _corrected(recipe, name, model)
     errors.raise_all()
     return opened
@@ -109,8 +129,17 @@ def build(recipe: Recipe, inputs: Mapping[str, Model], work: Work) -> dict[str, 
     for step in recipe.steps:
         if any(name not in made for _, name in step.arguments.references()):
             continue
-        with errors.of(step.at):
+        before = len(errors.found)
+        for key, at in step.required.items():
+            with errors.of(at):
+                check_every_tensor(step, key, made)
+        if len(errors.found) > before:
+            continue
+        with errors.of(step.at, THEIRS if step.theirs else OURS):
             made[step.name] = _named(step, _Builder(step, made, work).build())
+            if work.tell is not None:
+                for text in unused_conditions(step, made[step.name], recipe.document):
+                    work.tell(f"note: {text}")
     errors.raise_all()
     return made
 
@@ -130,16 +159,17 @@ class Errors:
         self.found: list[tuple[type[SurgeryError], str]] = []
 
     @contextmanager
-    def of(self, at: Steps) -> Iterator[None]:
-        """Keep what is wrong with the part of the recipe at `at`; () for errors that say where
-        they are themselves."""
+    def of(self, at: Steps | None, advice: Mapping[str, str] | None = None) -> Iterator[None]:
+        """Keep what is wrong with the part of the recipe at `at`; None for errors that say where
+        they are themselves. `advice` is what to do here, by what a caller would be told."""
         try:
             yield
         except SurgeryError as error:
-            self.found += [
-                (type(error), self.document.problem(at, text) if at else text)
-                for text in error.problems
-            ]
+            for text in error.problems:
+                for there, here in (advice or {}).items():
+                    text = text.replace(there, here)
+                placed = text if at is None else self.document.problem(at, text)
+                self.found.append((type(error), placed))
 
     def raise_all(self) -> None:
         """As what they all are, or else as an error of the recipe."""

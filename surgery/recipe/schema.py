@@ -242,7 +242,9 @@ class Requirement(BaseModel):
 class Step:
     """A named step: what to do, and where to write what comes of it, if anywhere. `settings` are
     a merge's parameters; `spans` are lengths of runs of blocks over which gradients run, and
-    `behind` is how deep what comes after all blocks (the final norm, the head) counts."""
+    `behind` is how deep what comes after all blocks (the final norm, the head) counts. `theirs`
+    says that it is from a configuration of mergekit's; `required` are parameters that every
+    tensor needs a value of, and where in the file they are."""
 
     name: str
     operation: str
@@ -252,6 +254,8 @@ class Step:
     settings: Mapping[str, Setting | tuple[Setting | None, ...]] = field(default_factory=dict)
     spans: tuple[int, ...] | None = None
     behind: float = 1.0
+    theirs: bool = False
+    required: Mapping[str, Steps] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from math import isfinite
@@ -66,6 +66,11 @@ class Rule:
     pattern: str | None = None
     contains: str | None = None
 
+    @property
+    def condition(self) -> str | None:
+        """What it asks of a tensor, for messages; None if it fits every one."""
+        return self.role or self.pattern or self.contains
+
     def fits(self, spot: Spot) -> bool:
         return (
             (self.role is None or spot.role.value == self.role)
@@ -98,6 +103,47 @@ class Layered:
 
 
 Setting = Constant | Gradient | Rules | Layered
+
+
+def numbers_in(setting: Setting) -> Iterator[Number]:
+    """Every number that a setting is made of."""
+    if isinstance(setting, Constant):
+        yield setting.value
+    elif isinstance(setting, Gradient):
+        yield from setting.values
+    else:
+        for inner in _inside(setting):
+            yield from numbers_in(inner)
+
+
+def rules_in(setting: Setting) -> Iterator[Rule]:
+    """Every rule in a setting."""
+    if isinstance(setting, Rules):
+        yield from setting.rules
+    elif isinstance(setting, Layered):
+        for inner in _inside(setting):
+            yield from rules_in(inner)
+
+
+def _inside(setting: Rules | Layered) -> list[Setting]:
+    if isinstance(setting, Rules):
+        return [rule.setting for rule in setting.rules]
+    return [*(s for several in setting.spans.values() for s in several), *setting.settings]
+
+
+def number_of(setting: Setting) -> Number | None:
+    """The number that it is for every tensor, if it is one."""
+    if isinstance(setting, Layered) and len(setting.spans) < 2:
+        first = [*(s for several in setting.spans.values() for s in several), *setting.settings][:1]
+        return number_of(first[0]) if first else None
+    return setting.value if isinstance(setting, Constant) else None
+
+
+def says_all(setting: Setting) -> bool:
+    """Whether it has a value for every tensor, whatever it is called."""
+    if isinstance(setting, Rules):
+        return any(rule.condition is None for rule in setting.rules)
+    return not isinstance(setting, Layered) or any(map(says_all, setting.settings))
 
 
 def parse_setting(value: Any) -> Setting:
