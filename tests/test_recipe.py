@@ -14,7 +14,7 @@ from conftest import save_raw
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from surgery import NotFoundError, RecipeError, SurgeryError
+from surgery import ArgumentError, NotFoundError, RecipeError, SurgeryError
 from surgery.recipe import Recipe, load_recipe, run_recipe
 from surgery.recipe.document import parse_documents, parse_value, read_documents
 
@@ -622,10 +622,47 @@ def test_changes(tmp_path: Path) -> None:
         (["inputs.-1=y", "steps.-1.x=y"], "--set steps.-1.x=y: there is no key '-1': there are s"),
         (["steps.s.merge.method={x: 1}"], "r.yml:3: steps.s.merge.method: {'x': 1} isn't text"),
         (["inputs.a=a: b: c"], "--set:1: this isn't YAML: mapping values are not allowed here"),
-        (["inputs.a"], "--set inputs.a: give it as NAME=VALUE, such as inputs.base=./model"),
+        (["inputs.aa=y"], "--set inputs.aa=y: there is no input 'aa': did you mean a?"),
         (["steps.s.merge.seed=1.5"], "r.yml:3: steps.s.merge.seed: 1.5 isn't a whole number"),
     ):  # fmt: skip
         assert mistakes(tmp_path, text, *changes) == [said]
+    with pytest.raises(ArgumentError, match=r"--set inputs\.a: give it as NAME=VALUE"):
+        load(tmp_path, text, "inputs.a")
+
+
+def test_an_input_that_nothing_uses_is_noted(tmp_path: Path) -> None:
+    text = """\
+inputs:
+  a: x
+  b: y
+  c: z
+steps:
+  s: {merge: {models: [a], method: linear}}
+require:
+  - {compare: [b, s], at_most: {kl_mean: 1}}
+"""
+    recipe = load(tmp_path, text)
+    assert recipe.notes == (f"{tmp_path}/r.yml:4: inputs.c: nothing in the recipe uses this input",)
+
+
+def test_rules_that_are_never_reached_are_noted(tmp_path: Path) -> None:
+    """The first that fits holds, in the order in which they are written."""
+    text = """\
+inputs: {a: x, b: y}
+steps:
+  s:
+    merge:
+      models: [a, b]
+      method: linear
+      weight: {default: 1, attention: 2}
+  t:
+    merge:
+      method: linear
+      models: [a, {model: b, weight: {attention: 2, default: 1}}]
+"""
+    recipe = load(tmp_path, text)
+    said = "steps.s.merge.weight: rules after default are never reached: put it last"
+    assert recipe.notes == (f"{tmp_path}/r.yml:7: {said}",)
 
 
 SCALARS = st.one_of(

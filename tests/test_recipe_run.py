@@ -742,13 +742,16 @@ steps:
         ("steps.m.mrge.method=x", "there is no key 'mrge': did you mean merge?"),
         ("steps.m.merge.models.2=a", "there is no key '2': there are 0, 1"),
         ("steps.m.merge.method.x=a", "there is no key 'x': there are none"),
-        ("nothing", "give it as NAME=VALUE"),
+        ("inputs.bases=x", "there is no input 'bases': did you mean base?"),
         ("inputs.a=[", "this isn't YAML"),
     ):
         result = surgery("run", path, "-o", tmp_path / "x", "--set", change)
-        assert result.exit_code == 3
+        assert result.exit_code == 3, change
         assert said in result.stderr
         assert "Traceback" not in result.stderr
+    result = surgery("run", path, "-o", tmp_path / "x", "--set", "nothing")
+    assert result.exit_code == 2
+    assert "give it as NAME=VALUE" in result.stderr
 
 
 def test_what_to_do_about_vocabularies_is_said_for_recipes(

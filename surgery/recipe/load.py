@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from surgery.errors import RecipeError
+from surgery.errors import ArgumentError, RecipeError
 from surgery.merging.methods import METHODS
 from surgery.merging.parameters import unknown
 from surgery.recipe.anatomy import KEYS
@@ -16,7 +16,7 @@ from surgery.recipe.document import Document, Steps, parse_value, read_documents
 from surgery.recipe.graph import Problems, ordered
 from surgery.recipe.parsing import parsed
 from surgery.recipe.schema import OPERATIONS, MergeArguments, Recipe, Requirement, Step
-from surgery.recipe.settings import Setting, parse_setting
+from surgery.recipe.settings import Rules, Setting, parse_setting
 
 NAME = re.compile(r"[A-Za-z0-9_][\w.-]*")
 Settings = dict[str, Setting | tuple[Setting | None, ...]]
@@ -43,8 +43,11 @@ def _load(path: str | Path, changes: Sequence[str]) -> Recipe:
     documents = read_documents(path)
     if not documents:
         raise RecipeError(f"{path} is empty")
+    added: dict[str, str] = {}
     for change in changes:
-        documents[-1] = _changed(documents[-1], change)
+        before = documents[-1]
+        documents[-1] = _changed(before, change)
+        added |= _added_input(before, change)
     if any(isinstance(d.data, Mapping) and _is_mergekits(d.data) for d in documents):
         from surgery.recipe.mergekit import translate
 
@@ -54,21 +57,44 @@ def _load(path: str | Path, changes: Sequence[str]) -> Recipe:
             f"{path} holds {len(documents)} documents, and a recipe is one: its steps can refer "
             f"to each other"
         )
+    _check_added(documents[0].data, added)
     return _recipe(documents[0])
 
 
 def _is_mergekits(data: Mapping[str, Any]) -> bool:
     """Whether a configuration is one of mergekit's, be it with a mistake in it."""
-    theirs = {"merge_method", "models", "slices", "base_model", "experts", "gate_mode"}
+    theirs = {
+        "merge_method", "models", "slices", "base_model", "experts", "gate_mode", "genome",
+    }  # fmt: skip
     return "steps" not in data and not theirs.isdisjoint(data)
 
 
 def _changed(document: Document, change: str) -> Document:
     keys, found, text = change.partition("=")
     if not found:
-        raise RecipeError(f"--set {change}: give it as NAME=VALUE, such as inputs.base=./model")
+        raise ArgumentError(f"--set {change}: give it as NAME=VALUE, such as inputs.base=./model")
     data = _with(document.data, keys.split("."), parse_value(text), change)
     return Document(document.path, data, document.lines)
+
+
+def _added_input(document: Document, change: str) -> dict[str, str]:
+    """The input that a change adds to those that the recipe has, and the change."""
+    keys = change.partition("=")[0].split(".")
+    if not isinstance(document.data, Mapping) or keys[0] != "inputs" or len(keys) != 2:
+        return {}
+    return {} if keys[1] in _names(document.data.get("inputs")) else {keys[1]: change}
+
+
+def _check_added(data: Any, added: Mapping[str, str]) -> None:
+    """Raise RecipeError for added inputs that nothing refers to: their names are mistyped, and
+    the recipe would go on with its own."""
+    used = {name for _, name in _references(data)} if added else set()
+    known = [name for name in _names(data.get("inputs")) if name not in added] if added else []
+    RecipeError.raise_if(
+        f"--set {change}: {unknown('input', name, known)}"
+        for name, change in added.items()
+        if name not in used
+    )
 
 
 def _with(data: Any, keys: list[str], value: Any, change: str) -> Any:
@@ -101,7 +127,32 @@ def _recipe(document: Document) -> Recipe:
     in_order = ordered(steps, problems)
     RecipeError.raise_if(problems)
     output = data.get("output", steps[-1].name)
-    return Recipe(inputs, tuple(in_order), output, tuple(requirements), document, anatomy=anatomy)
+    used = {name for _, name in _references(data)}
+    notes = [
+        document.problem(("inputs", name), "nothing in the recipe uses this input")
+        for name in inputs
+        if name not in used
+    ]
+    notes += [
+        document.problem((*step.at, key), "rules after default are never reached: put it last")
+        for step in steps
+        for key, setting in step.settings.items()
+        if any(map(_hides_rules, setting if isinstance(setting, tuple) else (setting,)))
+    ]
+    return Recipe(
+        inputs,
+        tuple(in_order),
+        output,
+        tuple(requirements),
+        document,
+        tuple(notes),
+        anatomy=anatomy,
+    )
+
+
+def _hides_rules(setting: Setting | None) -> bool:
+    """Whether it has a rule for all tensors before others."""
+    return isinstance(setting, Rules) and any(r.condition is None for r in setting.rules[:-1])
 
 
 def _check_names(data: Mapping[str, Any], problems: Problems) -> None:
