@@ -45,6 +45,19 @@ base_model: {c}
 models: [{{model: {a}, parameters: {{weight: 0.2}}}}, {{model: {b}}}]
 parameters: {{weight: {{filter: "*", value: 0.7}}}}
 """,
+    "karcher with a base that isn't among the models": """
+merge_method: karcher
+base_model: {c}
+models: [{{model: {a}}}, {{model: {b}}}]
+""",
+    "linear with the base last": """
+merge_method: linear
+base_model: {c}
+models:
+  - {{model: {a}, parameters: {{weight: 0.2}}}}
+  - {{model: {b}, parameters: {{weight: [0.3, 0.6]}}}}
+  - {{model: {c}, parameters: {{weight: 0.5}}}}
+""",
     "slerp over slices": """
 slices:
   - sources:

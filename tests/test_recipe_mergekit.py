@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from surgery import NotFoundError, RecipeError
+from surgery import MismatchError, NotFoundError, RecipeError
 from surgery.recipe import Recipe, load_recipe
 from surgery.recipe.chain import Work, build, open_inputs
 
@@ -151,6 +151,166 @@ models: [{model: a}]
 """,
         """\
 1: merge_method: there is no merge method 'tise': did you mean ties?
+""",
+    ),
+    "a method that isn't there": (
+        """\
+models: [{model: a}]
+densty: 1
+""",
+        """\
+2: densty: there is no key 'densty'
+1: merge_method is missing
+""",
+    ),
+    "mergekit-moe": (
+        """\
+base_model: a
+gate_mode: hidden
+dtype: bfloat16
+experts: [{source_model: a, positive_prompts: [x]}]
+""",
+        """\
+2: gate_mode: this is a file for mergekit-moe, and mixtures of experts aren't made here
+""",
+    ),
+    "mergekit-evolve": (
+        """\
+genome:
+  models: [a, b]
+  merge_method: linear
+tasks: [{name: x}]
+""",
+        """\
+1: genome: this is a file for mergekit-evolve, and parameters aren't searched for here
+""",
+    ),
+    "a base without a weight": (
+        """\
+merge_method: linear
+base_model: ./base
+models:
+  - {model: a, parameters: {weight: 0.5}}
+  - {model: b, parameters: {weight: 0.5}}
+parameters: {weight: {filter: mlp, value: 1}}
+""",
+        """\
+2: base_model: linear merges ./base too, and it has no weight: give it one under models, or leave
+""",
+    ),
+    "a base to pass through": (
+        """\
+merge_method: passthrough
+base_model: ./base
+models: [{model: a}]
+""",
+        """\
+2: base_model: passthrough has no base, and would take ./base too: leave it out
+""",
+    ),
+    "two to pass through": (
+        """\
+merge_method: passthrough
+models: [{model: a}, {model: b}]
+""",
+        """\
+2: models: passthrough takes 1 model, and there are 2 (a, b): blocks of several are put one after
+""",
+    ),
+    "a base that is missing": (
+        """\
+models: [{model: a}, {model: b}]
+merge_method: ties
+""",
+        """\
+2: merge_method: ties needs the base that the models were fine-tuned from: add base_model: with it
+""",
+    ),
+    "a base of two": (
+        """\
+models: [{model: a}, {model: b}]
+merge_method: slerp
+parameters: {t: 0.5}
+""",
+        """\
+2: merge_method: slerp needs the base that the models were fine-tuned from: add base_model: with one
+""",
+    ),
+    "too many": (
+        """\
+merge_method: slerp
+base_model: c
+models: [{model: a}, {model: b}]
+parameters: {t: 0.5}
+""",
+        """\
+3: models: slerp takes 1 model beside the base c, and there are 2 (a, b)
+""",
+    ),
+    "too few": (
+        """\
+merge_method: model_stock
+base_model: c
+slices: [{sources: [{model: a, layer_range: [0, 1]}, {model: c, layer_range: [0, 1]}]}]
+""",
+        """\
+3: slices: model_stock takes at least 2 models beside the base c, and there is 1 (a)
+""",
+    ),
+    "no t": (
+        """\
+merge_method: slerp
+base_model: a
+models: [{model: a}, {model: b}]
+""",
+        """\
+1: merge_method: slerp has no t: give it under parameters; 0 is the base, 1 the model
+""",
+    ),
+    "out of range": (
+        """\
+merge_method: della
+base_model: c
+models:
+  - model: a
+    parameters:
+      density: 1.5
+      epsilon: [{filter: mlp, value: [0.1, 2]}, {value: 0.1}]
+""",
+        """\
+6: models[0].parameters.density: density is 1.5, and has to be in (0, 1]
+7: models[0].parameters.epsilon: epsilon is 2.0, and has to be in [0, 1]
+""",
+    ),
+    "weights that are nothing together": (
+        """\
+merge_method: linear
+models:
+  - {model: a, parameters: {weight: 1}}
+  - {model: b, parameters: {weight: -1}}
+""",
+        """\
+2: models: the weights add up to 0, and an average divides by their sum
+""",
+    ),
+    "a parameter that another method has": (
+        """\
+merge_method: linear
+models: [{model: a, parameters: {densty: 1}}]
+""",
+        """\
+2: models[0].parameters.densty: there is no parameter of linear 'densty': there are weight, norma
+""",
+    ),
+    "a seed": (
+        """\
+merge_method: dare_ties
+base_model: c
+random_seed: true
+models: [{model: a}]
+""",
+        """\
+3: random_seed: True isn't a whole number
 """,
     ),
     "no method": (
@@ -447,3 +607,117 @@ def test_a_mergekit_file_is_run(make_model: Make, tmp_path: Path) -> None:
         wanted = base[name] + 0.5 * (a[name] - base[name])
         torch.testing.assert_close(found, wanted.half(), rtol=1e-3, atol=1e-4)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float16"
+
+
+def test_a_base_of_a_method_without_one_is_merged_first(tmp_path: Path) -> None:
+    """Its config and its tokenizer are those of the result, and it has a weight as any other."""
+    recipe = load(tmp_path, """
+merge_method: linear
+base_model: c
+models: [{model: a, parameters: {weight: 1}}, {model: c, parameters: {weight: 2}}]
+tokenizer_source: base
+""")  # fmt: skip
+    merge = steps(recipe)["merged"]
+    assert (merge.names, merge.base, merge.tokenizer) == (["c", "a"], None, "c")
+    assert recipe.notes == ()
+    text = "merge_method: karcher\nbase_model: c\nmodels: [{model: a}, {model: b}]"
+    recipe = load(tmp_path, text)
+    assert steps(recipe)["merged"].names == ["c", "a", "b"]
+    note = f"{tmp_path}/m.yml:2: base_model: karcher merges c too, as mergekit does"
+    assert recipe.notes == (note,)
+
+
+def test_the_tokenizer_of_a_base_that_isnt_merged(tmp_path: Path) -> None:
+    recipe = load(tmp_path, """
+merge_method: linear
+base_model: c
+slices: [{sources: [{model: a, layer_range: [0, 1]}, {model: b, layer_range: [0, 1]}]}]
+tokenizer_source: base
+""")  # fmt: skip
+    merge = steps(recipe)["merged"]
+    assert (merge.names, merge.base, merge.tokenizer) == (["merged:1", "merged:2"], None, "c")
+
+
+def test_the_seed_is_that_of_the_file(tmp_path: Path) -> None:
+    text = "merge_method: dare_ties\nbase_model: c\nmodels: [{model: a}]\n"
+    assert steps(load(tmp_path, text))["merged"].seed == 0
+    assert steps(load(tmp_path, text + "random_seed: 7"))["merged"].seed == 7
+
+
+def test_a_condition_that_is_never_reached_is_noted(tmp_path: Path) -> None:
+    recipe = load(tmp_path, """
+merge_method: linear
+models:
+  - model: a
+    parameters: {weight: [{value: 1}, {filter: mlp, value: 2}]}
+""")  # fmt: skip
+    where = f"{tmp_path}/m.yml:5: models[0].parameters.weight: "
+    assert recipe.notes == (f"{where}conditions after the one without a filter are never reached",)
+
+
+def built(folder: Path, text: str) -> list[str]:
+    """What is noted of a configuration whose models are there; raises what is wrong."""
+    recipe, told = load(folder, text), list[str]()
+    build(recipe, open_inputs(recipe), Work(measure=False, tell=told.append))
+    return [text.replace(f"{folder}/", "") for text in told]
+
+
+def test_every_tensor_has_a_t(make_model: Make, tmp_path: Path) -> None:
+    """Conditions have to fit them all, as in mergekit; one without a filter isn't needed."""
+    base, tuned = make_model(name="base"), make_model(name="a", seed=1)
+    text = f"merge_method: slerp\nbase_model: {base}\nmodels: [{{model: {base}}}, {{model: {tuned}}}]\n"
+    text += "parameters:\n  t: [{filter: mlp, value: 0.3}, {filter: norm, value: 0.1}"
+    with pytest.raises(RecipeError) as error:
+        built(tmp_path, text + "]")
+    (said,) = error.value.problems
+    assert said.startswith(f"{tmp_path}/m.yml:5: parameters.t: t has no value for ")
+    assert " and 9 more: end its conditions with one that has a value and no filter" in said
+    whole = (
+        ", {filter: self_attn, value: 1}, {filter: embed, value: 0}, {filter: lm_head, value: 1}]"
+    )
+    assert built(tmp_path, text + whole) == []
+    assert built(tmp_path, text + ", {value: 0}]") == []
+
+
+def test_filters_that_fit_nothing_are_noted(make_model: Make, tmp_path: Path) -> None:
+    text = f"""\
+merge_method: linear
+models:
+  - model: {make_model(name="a")}
+    parameters:
+      weight:
+        - {{filter: mpl, value: 3}}
+        - {{filter: mlp, value: 2}}
+        - {{value: 1}}
+"""
+    assert built(tmp_path, text) == ["note: m.yml:6: weight: no tensor fits 'mpl'"]
+    both = f"name: x\n{text}---\nmerge_method: linear\nmodels: [{{model: x}}]\n"
+    assert built(tmp_path, both) == ["note: m.yml:7: weight: no tensor fits 'mpl'"]
+
+
+def test_what_to_do_about_vocabularies_is_said_for_mergekits_files(
+    make_model: Make, tmp_path: Path
+) -> None:
+    a, b = make_model(name="a"), make_model(name="b", vocab_size=32)
+    with pytest.raises(MismatchError) as error:
+        built(tmp_path, f"merge_method: linear\nmodels: [{{model: {a}}}, {{model: {b}}}]")
+    for problem in error.value.problems:
+        assert problem.startswith(f"{tmp_path}/m.yml:1: ")
+        assert "add tokenizer_source: union (or base, or a model) to have rows matched" in problem
+    with pytest.raises(MismatchError, match="tokenizer_source isn't there for slices that are put"):
+        built(tmp_path, f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 1]}}]
+  - sources: [{{model: {b}, layer_range: [1, 2]}}]
+tokenizer_source: union
+""")  # fmt: skip
+    recipe = load(tmp_path, f"""
+merge_method: passthrough
+slices:
+  - sources: [{{model: {a}, layer_range: [0, 1]}}]
+  - sources: [{{model: {b}, layer_range: [1, 2]}}]
+tokenizer: {{pad_to_multiple_of: 8}}
+""")  # fmt: skip
+    assert steps(recipe)["merged"].tokenizer == "union"
+    assert "tokenizer_source isn't there for slices that are put one after" in recipe.notes[0]

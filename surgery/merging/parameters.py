@@ -79,7 +79,7 @@ def _checked(parameter: Parameter, value: Any, models: int) -> tuple[Any, list[s
     if None in given:
         problems.append(f"{parameter.name} has to be given for each model: {parameter.doc}")
     given = [item for item in given if item is not None]
-    problems += dict.fromkeys(text for item in given if (text := _problem(parameter, item)))
+    problems += dict.fromkeys(text for item in given if (text := value_problem(parameter, item)))
     if problems:
         return None, problems
     made = [parameter.kind(item) for item in given]
@@ -88,7 +88,7 @@ def _checked(parameter: Parameter, value: Any, models: int) -> tuple[Any, list[s
     return tuple(made) if len(made) == models else tuple(made) * models, []
 
 
-def _problem(parameter: Parameter, value: Any) -> str | None:
+def value_problem(parameter: Parameter, value: Any) -> str | None:
     """What is wrong with one value."""
     name = parameter.name
     if parameter.kind is bool:

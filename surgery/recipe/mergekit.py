@@ -12,6 +12,12 @@ from surgery.merging.methods import METHODS, Method
 from surgery.merging.parameters import unknown
 from surgery.recipe.document import Document, Steps
 from surgery.recipe.graph import Problems, needed_for, ordered
+from surgery.recipe.mergekit_checks import (
+    check_added_base,
+    check_no_base,
+    check_together,
+    required_parameters,
+)
 from surgery.recipe.mergekit_parameters import (
     Slice,
     Source,
@@ -19,14 +25,20 @@ from surgery.recipe.mergekit_parameters import (
     parameters_in,
 )
 from surgery.recipe.schema import Blocks, ComposeArguments, MergeArguments, Recipe, Step
+from surgery.recipe.settings import Setting, shortened
 
 KEYS = (
     "merge_method", "models", "slices", "base_model", "parameters", "dtype", "out_dtype",
-    "tokenizer_source", "tokenizer", "name", "out_path",
+    "tokenizer_source", "tokenizer", "name", "out_path", "random_seed",
 )  # fmt: skip
+OTHER_TOOLS = {
+    "experts": "this is a file for mergekit-moe, and mixtures of experts aren't made here",
+    "gate_mode": "this is a file for mergekit-moe, and mixtures of experts aren't made here",
+    "genome": "this is a file for mergekit-evolve, and parameters aren't searched for here: run "
+    "the configuration that it finds",
+}
+"""Keys of files that are another tool's as a whole."""
 REFUSED = {
-    "experts": "mixtures of experts aren't made here (mergekit-moe)",
-    "gate_mode": "mixtures of experts aren't made here (mergekit-moe)",
     "modules": "models made of several modules aren't supported yet",
     "chat_template": "put the template into the output's tokenizer files instead",
     "input_model_parameters": "give parameters beside each model",
@@ -152,12 +164,19 @@ def _names(documents: Sequence[Document], problems: Problems) -> list[str]:
 def _document(one: _Translation, name: str) -> None:
     data, problems = one.document.data, one.problems
     before = len(problems)
+    other = next((key for key in data if key in OTHER_TOOLS), None)
+    if other is not None:  # what else it has, or lacks, is as that tool wants it
+        problems.add((other,), OTHER_TOOLS[other])
+        return
     for key in data:
         if key in REFUSED:
             problems.add((key,), f"{key} isn't supported: {REFUSED[key]}")
         elif key not in KEYS:
             problems.add((key,), unknown("key", key, KEYS))
-    given = str(data.get("merge_method"))
+    if data.get("merge_method") is None:
+        problems.add((), "merge_method is missing: it says how, such as merge_method: linear")
+        return
+    given = str(data["merge_method"])
     method = METHODS.get(given)
     if method is None:
         problems.add(("merge_method",), unknown("merge method", given, METHODS))
@@ -169,11 +188,13 @@ def _document(one: _Translation, name: str) -> None:
         data.get("parameters"), ("parameters",), method, one.problems, one.notes
     )
     base = one.refer(data["base_model"], ("base_model",)) if data.get("base_model") else None
+    if base is None:
+        check_no_base(problems, method)
     if "models" in data:
-        slices: list[Slice] = [(_models(one, data["models"], base, method), {})]
+        slices: list[Slice] = [(_models(one, data["models"], base, method, parameters), {})]
     else:
         slices = _slices(one, data["slices"], method)
-    written = {"dtype": _dtype(one), **_tokenizer(one)}
+    written = {"dtype": _dtype(one), "seed": _seed(one), **_tokenizer(one, base, method)}
     columns = _columns(one, slices, base, method) if len(problems) == before else None
     if columns is None:
         return
@@ -181,6 +202,12 @@ def _document(one: _Translation, name: str) -> None:
     _note_left_out(one, models, method)
     cut = "slices" in data
     settings = merged_settings(method, slices, models, parameters)
+    check_together(one.document, problems, method, models, settings)
+    required = required_parameters(one.document, problems, method, settings)
+    if len(problems) > before:
+        return
+    if cut and written["tokenizer"] is not None:
+        _note_tokenizer(one, [based, *models])
     arguments = MergeArguments(
         models=[
             _column(one, name, at, column) if cut else column[0].model
@@ -202,21 +229,32 @@ def _document(one: _Translation, name: str) -> None:
             settings=settings,
             spans=spans if cut else None,
             behind=0.0,
+            theirs=True,
+            required={name: (*one.at, *at) for name, at in required.items()},
         )
     )
 
 
-def _models(one: _Translation, given: Any, base: str | None, method: Method) -> list[Source]:
-    """The sources of a merge of whole models. A base that isn't among them is one too where the
-    method treats all alike."""
+def _models(
+    one: _Translation,
+    given: Any,
+    base: str | None,
+    method: Method,
+    parameters: Mapping[str, Setting],
+) -> list[Source]:
+    """The sources of a merge of whole models. Where the method treats all alike the base is one
+    too, and the first: config, tokenizer and types are its own."""
     at: Steps = ("models",)
     if not isinstance(given, list) or not given:
         one.problems.add(at, "this is a list of models")
         return []
     sources = [_source(one, item, (*at, number), method) for number, item in enumerate(given)]
-    if base is not None and method.base == "none" and base not in [s.model for s in sources]:
-        sources.append(Source(base, ("base_model",), {}))
-    return sources
+    if not base or method.base != "none":
+        return sources
+    if base in [s.model for s in sources]:
+        return sorted(sources, key=lambda source: source.model != base)
+    check_added_base(base, method, len(sources), parameters, one.problems, one.notes)
+    return [Source(base, ("base_model",), {}), *sources]
 
 
 def _source(
@@ -323,6 +361,15 @@ def _columns(
     return based, [list(column) for column in zip(*rest, strict=True)]
 
 
+def _note_tokenizer(one: _Translation, columns: Sequence[Sequence[Source]]) -> None:
+    """That blocks of several models in one column keep the rows that they come with."""
+    if any(len({source.model for source in column}) > 1 for column in columns):
+        one.notes[
+            "tokenizer_source isn't there for slices that are put one after another: embedding and "
+            "head are taken as they are"
+        ] = None
+
+
 def _column(one: _Translation, name: str, at: int, column: Sequence[Source]) -> str:
     """The name of a step that puts the blocks of a column together."""
     arguments = ComposeArguments(
@@ -337,6 +384,7 @@ def _column(one: _Translation, name: str, at: int, column: Sequence[Source]) -> 
         "compose",
         arguments,
         (*one.at, *column[0].at),
+        theirs=True,
     )
     one.steps.append(step)
     return step.name
@@ -354,7 +402,18 @@ def _dtype(one: _Translation) -> Any:
     return None
 
 
-def _tokenizer(one: _Translation) -> dict[str, Any]:
+def _seed(one: _Translation) -> int:
+    """The seed of what is random. mergekit takes it from the command line, and files have it."""
+    value = one.document.data.get("random_seed")
+    if value is None:
+        return 0
+    if isinstance(value, bool) or not isinstance(value, int):
+        one.problems.add(("random_seed",), f"{shortened(value)} isn't a whole number")
+        return 0
+    return value
+
+
+def _tokenizer(one: _Translation, base: str | None, method: Method) -> dict[str, Any]:
     data = one.document.data
     if data.get("tokenizer_source") is not None and data.get("tokenizer") is not None:
         one.problems.add(("tokenizer",), "give either tokenizer_source or tokenizer")
@@ -362,7 +421,7 @@ def _tokenizer(one: _Translation) -> dict[str, Any]:
     given = data.get("tokenizer")
     if isinstance(given, Mapping):
         at = ("tokenizer",)
-        source, pad = given.get("source"), given.get("pad_to_multiple_of")
+        source, pad = given.get("source", "union"), given.get("pad_to_multiple_of")
         for key in given:
             if key == "tokens":
                 one.problems.add(
@@ -376,8 +435,10 @@ def _tokenizer(one: _Translation) -> dict[str, Any]:
     elif given is not None:
         one.problems.add(("tokenizer",), "this is a table with a source")
     if source is None:
-        return {"pad_to_multiple_of": pad}
-    if source not in ("base", "union"):
+        return {"tokenizer": None, "pad_to_multiple_of": pad}
+    if source == "base" and base is not None and method.base == "none":
+        source = base  # which the merge itself doesn't know
+    elif source not in ("base", "union"):
         plain = source.removeprefix("model:") if isinstance(source, str) else source
         source = one.refer(plain, at)
     return {"tokenizer": source, "pad_to_multiple_of": pad}

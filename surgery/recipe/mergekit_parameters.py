@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from surgery.merging.methods import METHODS, Method
-from surgery.merging.parameters import unknown
+from surgery.merging.parameters import unknown, value_problem
 from surgery.recipe.document import Steps
 from surgery.recipe.graph import Problems
 from surgery.recipe.settings import (
@@ -18,6 +18,7 @@ from surgery.recipe.settings import (
     Rules,
     Setting,
     is_number,
+    numbers_in,
     shortened,
 )
 
@@ -29,6 +30,8 @@ DEFAULTS: Mapping[str, Mapping[str, float]] = {
     if "density" in [p.name for p in m.parameters]
 }
 """Defaults that differ from ours."""
+REQUIRED: Mapping[str, tuple[str, ...]] = {"slerp": ("t",), "nearswap": ("t",)}
+"""Parameters without a default there, by the method. `weight` has one here: docs/mergekit.md."""
 ONLY = {
     "filter_wise": (False, "model_stock is per tensor here"),
     "nuslerp_flatten": (True, "nuslerp is per tensor here"),
@@ -62,7 +65,7 @@ def parameters_in(
     if not isinstance(given, Mapping):
         problems.add(at, "this is a table of parameters")
         return {}
-    own = [parameter.name for parameter in method.parameters]
+    own = {parameter.name: parameter for parameter in method.parameters}
     found = {}
     for key, value in given.items():
         if key in IRRELEVANT:
@@ -76,12 +79,19 @@ def parameters_in(
                 found[key] = _setting(value)
             except ValueError as error:
                 problems.add((*at, key), str(error))
+                continue
+            for number in numbers_in(found[key]):
+                if (problem := value_problem(own[key], number)) is not None:
+                    problems.add((*at, key), problem)
+            if _never_reached(value):
+                where = problems.document.problem((*at, key), "")
+                notes[f"{where}conditions after the one without a filter are never reached"] = None
         elif key in PARAMETERS:
             notes[f"{method.name} has no parameter {key}, and leaves it out as mergekit does"] = (
                 None
             )
         else:
-            problems.add((*at, key), unknown(f"parameter of {method.name}", key, PARAMETERS))
+            problems.add((*at, key), unknown(f"parameter of {method.name}", key, own))
     return found
 
 
@@ -143,6 +153,14 @@ def _setting(value: Any) -> Setting:
             return Gradient(tuple(map(float, value)))
     raise ValueError(
         f"{shortened(value)} is neither a finite number, nor a list of them, nor conditions"
+    )
+
+
+def _never_reached(value: Any) -> bool:
+    """Whether conditions follow one that holds for every tensor."""
+    conditions = value if isinstance(value, list) else []
+    return any(
+        isinstance(item, Mapping) and item.get("filter") in (None, "*") for item in conditions[:-1]
     )
 
 
