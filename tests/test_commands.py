@@ -225,12 +225,12 @@ def test_an_output_that_exists_is_refused_before_the_proof(
 
 
 def test_many_problems_are_cut_short(make_model: Make, tmp_path: Path) -> None:
-    base = make_model(name="base", num_hidden_layers=1)
-    tuned = make_model(name="tuned", num_hidden_layers=4)
+    base = make_model(name="base", num_hidden_layers=4)
+    tuned = make_model(name="tuned", num_hidden_layers=4, attention_bias=True)
     result = surgery("lines", base, tuned, "-o", tmp_path / "out", "--alpha", "0.5")
     assert result.exit_code == 3
     assert len(result.stderr.splitlines()) == 13
-    assert "and 15 more like these" in result.stderr
+    assert "and 4 more like these" in result.stderr
 
 
 LOST = """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from surgery.anatomy.infer import text_config
+from collections.abc import Iterable
+
 from surgery.checkpoint import Checkpoint, share_anatomy
 from surgery.errors import MismatchError, UnsupportedError
+from surgery.operations.causes import find_causes
 from surgery.quantization.schemes import Quantization
 
 RESIZE = "the vocabularies differ: give both models the same rows first"
@@ -33,41 +35,41 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str = RESIZ
     A head that one of them stores and the other ties to its embedding is no difference.
     `vocabularies` says what to do about embeddings that differ in rows.
     """
-    where = f"{base.source.reference} (base) and {tuned.source.reference} (tuned)"
     share_anatomy(base, tuned)
-    problems = []
-    types = [text_config(model.config).get("model_type") for model in (base, tuned)]
-    if None not in types and types[0] != types[1]:
-        problems.append(
-            f"{where} are different architectures: model_type is {types[0]} and {types[1]}"
-        )
+    causes = list(find_causes(base, tuned))
+    explained = {name for cause in causes for name in cause.explains}
+    problems = [cause.said for cause in causes]
     if base.anatomy.head is not None and not base.anatomy.tied and tuned.anatomy.tied:
         problems.append(
             f"{base.source.reference} (base) has a head of its own, and {tuned.source.reference} "
             f"(tuned) ties it to the embedding: one matrix can't follow both"
         )
+    common = [(name, one, tuned[name]) for name, one in base.items() if name in tuned.tensors]
+    reshaped = {
+        name: f"{list(one.shape)} in {base.source.reference} and {list(other.shape)} in "
+        f"{tuned.source.reference}"
+        for name, one, other in common
+        if one.shape != other.shape
+    }
+    rows = [name for name in reshaped if _differ_in_rows(name, base, tuned)]
+    problems += [
+        f"{name} is {reshaped.pop(name)}; the vocabularies differ: {vocabularies}" for name in rows
+    ]
     excused = {tied_head(tuned, base)}
     if base.anatomy.tied:  # its own head is the embedding, stored a second time
         excused.add(tied_head(base, tuned))
-    problems += [
-        f"{name} is in {have.source.reference} and not in {lack.source.reference}"
-        for have, lack in ((base, tuned), (tuned, base))
-        for name in have
-        if name not in lack.tensors and name not in excused
-    ]
-    common = [(name, one, tuned[name]) for name, one in base.items() if name in tuned.tensors]
-    problems += [
-        f"{name} is {list(one.shape)} in {base.source.reference} and {list(other.shape)} in "
-        f"{tuned.source.reference}"
-        + (
-            f"; the vocabularies differ: {vocabularies}"
-            if name in (base.anatomy.embedding, base.anatomy.head)
-            and one.shape[1:] == other.shape[1:]
-            else ""
-        )
-        for name, one, other in common
-        if one.shape != other.shape
-    ]
+    for have, lack in ((base, tuned), (tuned, base)):
+        where = f"in {have.source.reference} and not in {lack.source.reference}"
+        lacking = [name for name in have if name not in lack.tensors and name not in excused]
+        together, alone = _together(lacking, explained)
+        if together:
+            problems.append(f"{len(together):,} tensors are {where}, {together[0]} first")
+        problems += [f"{name} is {where}" for name in alone]
+    together, alone = _together(reshaped, explained)
+    if together:
+        first = f"{together[0]} first: {reshaped[together[0]]}"
+        problems.append(f"{len(together):,} tensors differ in shape, {first}")
+    problems += [f"{name} is {reshaped[name]}" for name in alone]
     problems += [
         f"{name} is {one.dtype} in {base.source.reference} and {other.dtype} in "
         f"{tuned.source.reference}: one is a number to scale, and the other isn't"
@@ -75,6 +77,21 @@ def check_pair(base: Checkpoint, tuned: Checkpoint, *, vocabularies: str = RESIZ
         if one.dtype.kind != other.dtype.kind
     ]
     MismatchError.raise_if(problems)
+
+
+def _differ_in_rows(name: str, base: Checkpoint, tuned: Checkpoint) -> bool:
+    """Whether it is a vocabulary's tensor, and its rows are alike and not as many."""
+    of_tokens = name in (base.anatomy.embedding, base.anatomy.head)
+    return of_tokens and base[name].shape[1:] == tuned[name].shape[1:]
+
+
+def _together(names: Iterable[str], explained: set[str]) -> tuple[list[str], list[str]]:
+    """The tensors that one line tells of, for a cause was said; and those with a line each."""
+    kept = list(names)
+    together = [name for name in kept if name in explained]
+    if len(together) < 2:
+        return [], kept
+    return together, [name for name in kept if name not in explained]
 
 
 def tied_head(has: Checkpoint, lacks: Checkpoint) -> str | None:
