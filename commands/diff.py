@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,11 @@ from .options import MODEL, AnatomyFile, AsJson, Scope, Threads
 from .output import console, groups, print_json, progress, table
 
 if TYPE_CHECKING:
-    from surgery.operations.diff import Difference
+    from surgery.operations.diff import Change, Difference
 
 SHOWN = 20
+NAMED = 3
+"""Tensors that a note names."""
 
 
 def diff(
@@ -52,7 +55,7 @@ def diff(
     if json:
         print_json(_as_json(found))
     else:
-        _print(found)
+        _print(found, base, other)
 
 
 def _as_json(found: Difference) -> dict[str, Any]:
@@ -68,19 +71,23 @@ def _as_json(found: Difference) -> dict[str, Any]:
         "reshaped": {name: [list(a), list(b)] for name, (a, b) in found.reshaped.items()},
         "retyped": {name: list(types) for name, types in found.retyped.items()},
         "config": {key: list(values) for key, values in found.config.items()},
+        "not_finite": {
+            role: [name for name, holds in found.not_finite.items() if holds[at]]
+            for at, role in enumerate(("base", "other"))
+        },
     }
 
 
-def _print(found: Difference) -> None:
+def _print(found: Difference, base: str, other: str) -> None:
     out = console()
     changed = sum(not change.equal for change in found.changes)
     out.print(f"{changed:,} of {len(found.changes):,} tensors changed")
+    for text in _not_finite(found, base, other):
+        out.print(f"note      {text}", soft_wrap=True)
     for stack in dict.fromkeys(stack for stack, _, _ in found.modules):
         modules = {(m, b): c for (s, m, b), c in found.modules.items() if s == stack}
-        _matrix(
-            f"{stack}: ||tau|| / ||base||", {k: f"{c.relative:.4f}" for k, c in modules.items()}
-        )
-        _matrix(f"{stack}: cosine", {k: f"{c.cosine:.4f}" for k, c in modules.items()})
+        _matrix(f"{stack}: ||tau|| / ||base||", {k: _relative(c) for k, c in modules.items()})
+        _matrix(f"{stack}: cosine", {k: _cosine(c) for k, c in modules.items()})
         if any(change.effective_rank is not None for change in modules.values()):
             ranks = {
                 k: "" if c.effective_rank is None else f"{c.effective_rank:.1f}"
@@ -89,7 +96,7 @@ def _print(found: Difference) -> None:
             _matrix(f"{stack}: effective rank of the update", ranks)
     rows = table("outside the blocks", "||tau|| / ||base||", "cosine", left=("outside the blocks",))
     for change in found.outside:
-        rows.add_row(change.name, f"{change.relative:.4f}", f"{change.cosine:.4f}")
+        rows.add_row(change.name, _relative(change), _cosine(change))
     out.print(rows)
     for title, names in (("added", found.added), ("removed", found.removed)):
         for name in names[:SHOWN]:
@@ -102,6 +109,28 @@ def _print(found: Difference) -> None:
         out.print(f"another type: {name} was {was} and is {now}")
     for key, (before, after) in found.config.items():
         out.print(f"config {key}: {before!r} became {after!r}")
+
+
+def _relative(change: Change) -> str:
+    """0 is for no change at all: a small one is told from none."""
+    if change.equal:
+        return "0"
+    text = f"{change.relative:.4f}"
+    return text if float(text) else f"{change.relative:.1e}"
+
+
+def _cosine(change: Change) -> str:
+    return "1" if change.equal else f"{change.cosine:.4f}"
+
+
+def _not_finite(found: Difference, *models: str) -> Iterator[str]:
+    """Of each model, the tensors whose figures mean nothing."""
+    for at, model in enumerate(models):
+        names = [name for name, holds in found.not_finite.items() if holds[at]]
+        if names:
+            few = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+            tensors = "tensor" if len(names) == 1 else "tensors"
+            yield f"NaN or infinity in {len(names):,} {tensors} of {model}: {few}"
 
 
 def _matrix(title: str, cells: dict[tuple[str, int], str]) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
+from io import StringIO
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from conftest import save_raw
+from safetensors.torch import load_file, save_file
+from surgery.commands import diff as command
+from surgery.commands.main import app
+from surgery.commands.terminal import plain_console
+from typer.testing import CliRunner
 
 from surgery import diff, open_checkpoint
+from surgery.operations.diff import Difference
 
 Make = Callable[..., Path]
 
@@ -79,3 +87,69 @@ def test_the_heat_map_is_a_picture(make_model: Make, tmp_path: Path) -> None:
     )
     draw(found, tmp_path / "map.png", "a to b")
     assert (tmp_path / "map.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def printed(found: Difference, width: int, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a terminal of so many columns shows."""
+    shown = StringIO()
+    made = plain_console(file=shown, width=width)
+    monkeypatch.setattr(command, "console", lambda: made)
+    command._print(found, "base", "other")
+    return shown.getvalue()
+
+
+def changed(path: Path, folder: Path, **changes: Callable[[torch.Tensor], torch.Tensor]) -> Path:
+    """The same model with tensors changed, by a part of their names."""
+    tensors = load_file(path / "model.safetensors")
+    for name, tensor in tensors.items():
+        for part, change in changes.items():
+            if part in name:
+                tensors[name] = change(tensor)
+    return save_raw(folder, tensors, config=json.loads((path / "config.json").read_text()))
+
+
+def test_small_changes_are_told_from_none(
+    make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(name="base")
+    other = changed(base, tmp_path / "other", q_proj=lambda t: t * (1 + 1e-5))
+    found = diff(open_checkpoint(base), open_checkpoint(other))
+    words = printed(found, 120, monkeypatch).split()
+    assert words[:5] == ["2", "of", "21", "tensors", "changed"]
+    assert words.count("1.0e-05") == 2
+    assert words.count("1.0000") == 2
+    assert "0.0000" not in words
+
+
+def test_what_is_not_finite_is_named(make_model: Make, tmp_path: Path) -> None:
+    base = make_model(name="base")
+    nan, infinity = math.nan, math.inf
+
+    def first(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
+        return lambda tensor: torch.cat([torch.tensor([value]), tensor.flatten()[1:]]).view_as(
+            tensor
+        )
+
+    other = changed(base, tmp_path / "other", q_proj=first(nan), norm=first(-infinity))
+    found = diff(open_checkpoint(base), open_checkpoint(other), effective_rank=True)
+    assert len(found.not_finite) == 7
+    assert set(found.not_finite.values()) == {(False, True)}
+    result = CliRunner().invoke(app, ["diff", str(base), str(other)])
+    assert result.exit_code == 0
+    notes = [line for line in result.stdout.splitlines() if line.startswith("note ")]
+    names = ", ".join(list(found.not_finite)[:3])
+    assert notes == [f"note      NaN or infinity in 7 tensors of {other}: {names}, ..."]
+    result = CliRunner().invoke(app, ["diff", str(other), str(base), "--json"])
+    assert json.loads(result.stdout)["not_finite"] == {"base": list(found.not_finite), "other": []}
+
+
+def test_the_same_nan_and_infinity_are_no_change(tmp_path: Path) -> None:
+    odd = {"a": torch.tensor([1.0, math.nan]), "b": torch.tensor([1.0, math.inf])}
+    one = open_checkpoint(save_raw(tmp_path / "one", odd))
+    two = open_checkpoint(save_raw(tmp_path / "two", odd))
+    found = diff(one, two)
+    assert found.identical
+    assert all(change.norm == change.relative == 0 for change in found.changes)
+    assert found.not_finite == {"a": (True, True), "b": (True, True)}
+    save_file({**odd, "a": torch.tensor([math.nan, 1.0])}, tmp_path / "two" / "model.safetensors")
+    assert not diff(one, open_checkpoint(tmp_path / "two")).identical

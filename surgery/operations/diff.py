@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -38,7 +38,8 @@ class Change:
 @dataclass(frozen=True)
 class Difference:
     """What differs between two checkpoints. `modules` maps (stack, module, block) to the change
-    of the module's tensors taken as one vector; `outside` are the tensors in no block."""
+    of the module's tensors taken as one vector; `outside` are the tensors in no block.
+    `not_finite` are those of both that hold NaN or infinity: whether in base, and in other."""
 
     changes: tuple[Change, ...]
     outside: tuple[Change, ...]
@@ -48,6 +49,7 @@ class Difference:
     retyped: Mapping[str, tuple[str, str]]
     modules: Mapping[tuple[str, str, int], Change]
     config: Mapping[str, tuple[Any, Any]]
+    not_finite: Mapping[str, tuple[bool, bool]] = field(default_factory=dict)
 
     @property
     def identical(self) -> bool:
@@ -79,7 +81,9 @@ def diff(
     sums = _sums(base, other, common, threads, progress)
     ranks: dict[str, float] = {}
     if effective_rank:
-        changed = [name for name in common if not sums[name].equal]
+        changed = [
+            name for name in common if not sums[name].equal and not any(sums[name].not_finite)
+        ]
         matrices = [name for name in changed if len(base[name].shape) == 2]
         ranks = _effective_ranks(base, other, matrices, threads)
     modules: dict[tuple[str, str, int], list[str]] = defaultdict(list)
@@ -112,6 +116,7 @@ def diff(
             for key, names in modules.items()
         },
         config=_config_difference(stored[0].config, stored[1].config),
+        not_finite={name: sums[name].not_finite for name in common if any(sums[name].not_finite)},
     )
 
 
@@ -125,11 +130,18 @@ class _Sums:
     dot: float
     equal: bool
 
+    @property
+    def not_finite(self) -> tuple[bool, bool]:
+        """Whether NaN or infinity is in base, and in other: their sums aren't finite then."""
+        return not math.isfinite(self.base), not math.isfinite(self.other)
+
     def change(self, name: str, effective_rank: float | None) -> Change:
+        if self.equal:  # infinity less itself is NaN, and no change
+            return Change(name, 0.0, 0.0, 1.0, True, effective_rank)
         norm, length = math.sqrt(self.update), math.sqrt(self.base * self.other)
         relative = math.sqrt(self.update / self.base) if self.base else math.inf if norm else 0.0
-        cosine = self.dot / length if length else 1.0 if self.equal else 0.0
-        return Change(name, norm, relative, cosine, self.equal, effective_rank)
+        cosine = self.dot / length if length else 0.0
+        return Change(name, norm, relative, cosine, False, effective_rank)
 
 
 def _together(parts: list[_Sums]) -> _Sums:
@@ -178,12 +190,16 @@ def _block_sums(base: LazyTensor, other: LazyTensor, start: int, stop: int) -> _
         for tensor in (base, other)
     )
     tau = b - a
+    update = float(torch.dot(tau, tau))
+    equal = torch.equal(a, b)
+    if not equal and math.isnan(update):  # NaN isn't equal to itself, and no change either
+        equal = torch.equal(a.isnan(), b.isnan()) and torch.equal(a.nan_to_num(), b.nan_to_num())
     return _Sums(
-        float(torch.dot(tau, tau)),
+        update,
         float(torch.dot(a, a)),
         float(torch.dot(b, b)),
         float(torch.dot(a, b)),
-        torch.equal(a, b),
+        equal,
     )
 
 
