@@ -138,10 +138,15 @@ def _matrix(title: str, cells: dict[tuple[str, int], str]) -> None:
     out = console()
     modules = list(dict.fromkeys(module for module, _ in cells))
     headings = [module.rpartition(".")[2].replace("_", "_\n") for module in modules]
-    widths = [max(map(len, (*heading.split("\n"), "0.0000"))) + 2 for heading in headings]
-    for number, (first, end) in enumerate(groups(widths, out.width - len("block") - 2)):
+    texts = {module: heading.split("\n") for module, heading in zip(modules, headings, strict=True)}
+    for (module, _), cell in cells.items():
+        texts[module].append(cell)
+    widths = [max(map(len, texts[module])) for module in modules]
+    blocks = sorted({block for _, block in cells})
+    numbers = max(len(f"{text}") for text in ("block", *blocks))
+    for number, (first, end) in enumerate(groups(numbers, widths, out.width)):
         made = table("block", *headings[first:end], title=None if number else title)
-        for block in sorted({block for _, block in cells}):
+        for block in blocks:
             row = (cells.get((module, block), "") for module in modules[first:end])
             made.add_row(str(block), *row)
         out.print(made)

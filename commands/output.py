@@ -63,26 +63,35 @@ def console() -> Console:
     return plain_console(soft_wrap=False, width=None if sys.stdout.isatty() else 120)
 
 
+BETWEEN, EDGES = 3, 2
+"""Blanks between two columns of a table, and at both ends of a line."""
+
+
 def table(*columns: str, title: str | None = None, left: Sequence[str] = ()) -> Table:
-    """A table whose columns are figures, but for those named in `left`."""
+    """A table whose columns are figures, but for those named in `left`, which go on in the next
+    line where there is no room: a figure that is cut is another figure."""
     from rich import box
     from rich.table import Table
 
     made = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False)
     for column in columns:
-        made.add_column(column, justify="left" if column in left else "right", no_wrap=True)
+        if column in left:
+            made.add_column(column, justify="left", overflow="fold")
+        else:
+            made.add_column(column, justify="right", no_wrap=True)
     return made
 
 
-def groups(widths: Sequence[int], room: int) -> list[tuple[int, int]]:
-    """Columns as ranges that fit a table of so much room each, one column at least."""
+def groups(first: int, widths: Sequence[int], room: int) -> list[tuple[int, int]]:
+    """Columns, by the widths of what is in them, as ranges that fit in a `table` of so much room
+    each, one column at least. The `first` column is in every table."""
     ranges = [[0, 0]]
-    used = 0
+    used = first
     for at, width in enumerate(widths):
-        if used + width > room and ranges[-1][1] > ranges[-1][0]:
+        if used + BETWEEN + width > room - EDGES and ranges[-1][1] > ranges[-1][0]:
             ranges.append([at, at])
-            used = 0
-        used += width
+            used = first
+        used += BETWEEN + width
         ranges[-1][1] = at + 1
     return [(first, end) for first, end in ranges]
 

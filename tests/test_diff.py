@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
@@ -106,6 +107,50 @@ def changed(path: Path, folder: Path, **changes: Callable[[torch.Tensor], torch.
             if part in name:
                 tensors[name] = change(tensor)
     return save_raw(folder, tensors, config=json.loads((path / "config.json").read_text()))
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_no_figure_is_cut_at_any_width(
+    kind: str, make_model: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = make_model(kind, "base")
+    other = changed(
+        make_model(kind, "tuned", seed=1),
+        tmp_path / "other",
+        norm=lambda t: t * 1e7,
+        ln_1=torch.exp,
+    )
+    found = diff(open_checkpoint(base), open_checkpoint(other), effective_rank=True)
+    whole = Counter(printed(found, 400, monkeypatch).split())
+    figures = Counter({word: n for word, n in whole.items() if "." in word and word[0].isdigit()})
+    assert figures.total() > 20
+    for width in range(60, 121):
+        text = printed(found, width, monkeypatch)
+        assert "\N{HORIZONTAL ELLIPSIS}" not in text, width
+        assert figures <= Counter(text.split()), width
+        assert max(map(len, text.splitlines())) <= width
+
+
+def test_tables_are_as_wide_as_there_is_room(
+    make_model: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another table begins only where one more column has no room."""
+    found = diff(
+        open_checkpoint(make_model(name="a")), open_checkpoint(make_model(name="b", seed=1))
+    )
+    whole = printed(found, 400, monkeypatch)
+    wide = max(len(line) for line in whole.splitlines())
+    assert printed(found, wide, monkeypatch) == whole
+    assert printed(found, wide - 1, monkeypatch).count("block ") > whole.count("block ")
+
+
+def test_long_names_go_on_in_the_next_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    name = "model." + "very_long." * 8 + "weight"
+    a = open_checkpoint(save_raw(tmp_path / "a", {name: torch.ones(3)}))
+    b = open_checkpoint(save_raw(tmp_path / "b", {name: torch.tensor([1.0, 1.0, 2.0])}))
+    text = printed(diff(a, b), 60, monkeypatch)
+    assert "0.5774   0.9428" in text
+    assert name in "".join(line.split("   ")[0].strip() for line in text.splitlines())
 
 
 def test_small_changes_are_told_from_none(
