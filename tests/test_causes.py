@@ -23,6 +23,7 @@ GROWN = (
     "give models of one shape; if one was grown from the other, give its own base, or grow the "
     "other in the same way first"
 )
+PARTS = "give models that have the same parts, under the same names"
 STRANGERS = "give models that were made from one base"
 
 
@@ -141,6 +142,22 @@ def test_another_architecture(make_model: Make) -> None:
     assert "has a head of its own, and other (tuned) ties it" in found[4]
     assert found[5].startswith("21 tensors are in base and not in other, ")
     assert found[6].startswith("28 tensors are in other and not in base, ")
+
+
+def test_other_names(make_model: Make, tmp_path: Path) -> None:
+    """A model that was saved without its head has no "model." in its names."""
+    base = open_checkpoint(make_model(name="base"))
+    tensors = {name.removeprefix("model."): base[name].whole() for name in base}
+    found = problems(
+        base, open_checkpoint(save_raw(tmp_path / "bare", tensors, config=base.config))
+    )
+    assert found[:2] == [
+        f"base has 2 blocks of model.layers, bare has none of that name: {PARTS}",
+        f"bare has 2 blocks of layers, base has none of that name: {PARTS}",
+    ]
+    assert found[2].startswith("18 tensors are in base and not in bare, ")
+    assert found[5].startswith("18 tensors are in bare and not in base, ")
+    assert len(found) == 8
 
 
 def test_a_part_of_another_size(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from surgery.anatomy.infer import text_config
 from surgery.checkpoint import Checkpoint
 
 STRANGERS = "give models that were made from one base"
+SAME_PARTS = "give models that have the same parts, under the same names"
 SAME_SHAPE = (
     "give models of one shape; if one was {1} from the other, give its own base, or {0} the "
     "other in the same way first"
@@ -29,14 +30,10 @@ def find_causes(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
     strangers = [*_model_types(base, tuned), *_hidden_sizes(base, tuned)]
     yield from strangers
     yield from _vocabularies(base, tuned)
-    shapes = (
-        (("expand", "expanded"), _blocks(base, tuned)),
-        (("grow", "grown"), _widths(base, tuned)),
-    )
-    for verb, causes in shapes:
-        advice = "" if strangers else f": {SAME_SHAPE.format(*verb)}"
-        for said, names in causes:
-            yield Cause(said + advice, names)
+    verbs = (("expand", "expanded"), ("grow", "grown"))
+    expanded, grown = ("" if strangers else f": {SAME_SHAPE.format(*verb)}" for verb in verbs)
+    yield from _blocks(base, tuned, expanded)
+    yield from _widths(base, tuned, grown)
 
 
 def _model_types(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
@@ -88,16 +85,17 @@ def _vocabularies(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
         )
 
 
-def _blocks(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
+def _blocks(base: Checkpoint, tuned: Checkpoint, advice: str) -> Iterator[Cause]:
     for stack in dict.fromkeys([*base.anatomy.stacks, *tuned.anatomy.stacks]):
         both = sorted((tuned, base), key=lambda model: model.anatomy.stacks.get(stack, 0))
         (fewer, low), (more, high) = ((model, model.anatomy.stacks.get(stack, 0)) for model in both)
         if low == high or (low == 0 and any(name.startswith(f"{stack}.") for name in fewer)):
             continue  # the latter is a list that wasn't recognised as blocks
+        do = advice if low else advice and f": {SAME_PARTS}"
         places = more.anatomy.places.items()
         yield Cause(
             f"{more.source.reference} has {high} blocks of {stack or 'the model'}, "
-            f"{fewer.source.reference} has {low or 'none of that name'}",
+            f"{fewer.source.reference} has {low or 'none of that name'}{do}",
             {
                 n
                 for n, at in places
@@ -106,7 +104,7 @@ def _blocks(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
         )
 
 
-def _widths(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
+def _widths(base: Checkpoint, tuned: Checkpoint, advice: str) -> Iterator[Cause]:
     ours, theirs = ({m.down.weight: m for m in x.anatomy.all_mlps} for x in (base, tuned))
     common = [(mlp, theirs[name]) for name, mlp in ours.items() if name in theirs]
     differing = [(mlp, other) for mlp, other in common if mlp.width != other.width]
@@ -114,7 +112,7 @@ def _widths(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
         some = f" ({len(differing)} of {len(common)} MLPs)" if len(differing) < len(common) else ""
         yield Cause(
             f"{tuned.source.reference} has MLPs of {_span([b.width for _, b in differing])}, "
-            f"{base.source.reference} of {_span([a.width for a, _ in differing])}{some}",
+            f"{base.source.reference} of {_span([a.width for a, _ in differing])}{some}{advice}",
             {name for pair in differing for mlp in pair for name in mlp.tensors},
         )
 
