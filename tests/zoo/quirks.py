@@ -110,9 +110,14 @@ QUIRKS: dict[str, dict[str, Any]] = {
     "sam3_tracker_video": _TWO_LAYERS,
     "sam3_video": {"tracker_config": _TWO_LAYERS},
     # durations are rounded up to whole frames: with the shortest, rounding decides nothing
-    "vits": {"speaking_rate": 1000.0},
+    "vits": {"speaking_rate": 1000.0, "upsample_initial_channel": 32},
     "fastspeech2_conformer": _FAST_SPEECH,
-    "fastspeech2_conformer_with_hifigan": {"model_config": _FAST_SPEECH},
+    "fastspeech2_conformer_with_hifigan": {
+        "model_config": _FAST_SPEECH,
+        "vocoder_config": {"upsample_initial_channel": 32},
+    },
+    # 256 depths for every pixel
+    "chmv2": {"number_output_channels": 32, "backbone_config": {"image_size": 64}},
     # a key whose name means the hidden size elsewhere is the MLP's width
     "distilbert": {"hidden_dim": 72},
 }
