@@ -27,6 +27,8 @@ class Cause(NamedTuple):
 def find_causes(base: Checkpoint, tuned: Checkpoint) -> Iterator[Cause]:
     """Model types, hidden sizes, vocabularies, numbers of blocks and widths of MLPs that differ.
     Growth is spoken of only where nothing else than growth can be meant."""
+    if base.anatomy is tuned.anatomy:  # shared, since all headers agree: of 100,000 tensors perhaps
+        return
     strangers = [*_model_types(base, tuned), *_hidden_sizes(base, tuned)]
     yield from strangers
     yield from _vocabularies(base, tuned)
