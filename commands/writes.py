@@ -85,7 +85,7 @@ def write_edited(
     from surgery.integrity.seal import bytes_to_hash
 
     total = edited.nbytes + (bytes_to_hash(edited) if target.checksums else 0)
-    with progress("writing", total) as advance:
+    with progress("writing and hashing" if target.checksums else "writing", total) as advance:
         written = surgery.write(
             edited,
             target.out,

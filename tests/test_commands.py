@@ -328,6 +328,10 @@ def test_progress_is_plain_lines_where_there_is_no_terminal(
     assert json.loads(done.stdout)["verification"]["logits"] is None
     assert "\x1b" not in done.stderr
     assert [line.split(":")[0] for line in done.stderr.splitlines()] == ["certificate", "writing"]
+    hashed = installed("grow", make_model(), "-o", tmp_path / "h", "--no-verify", "--checksums")
+    assert hashed.stderr.startswith(
+        "writing and hashing: "
+    )  # whose bytes are more than the model's
 
 
 def test_names_are_text_and_no_markup(tmp_path: Path) -> None:

@@ -106,7 +106,8 @@ def run_recipe(
         for name, target in targets.items():
             weights = to_write(models, name)
             total = weights.nbytes + (bytes_to_hash(weights) if checksums else 0)
-            with work.progress(f"writing {name}", total) as advance:
+            doing = "writing and hashing" if checksums else "writing"
+            with work.progress(f"{doing} {name}", total) as advance:
                 written[name] = write(
                     weights,
                     target,
