@@ -38,17 +38,24 @@ def check_every_tensor(step: Step, key: str, made: Mapping[str, object]) -> None
 
 def unused_conditions(step: Step, made: object, document: Document) -> Iterator[str]:
     """That conditions of a merge's parameters fit none of its tensors, each with its line."""
-    if not isinstance(made, Checkpoint):
+    rules = {
+        key: [
+            rule
+            for setting in (given if isinstance(given, tuple) else (given,))
+            if setting is not None
+            for rule in rules_in(setting)
+        ]
+        for key, given in step.settings.items()
+    }
+    if not isinstance(made, Checkpoint) or not any(rules.values()):
         return
     anatomy = made.anatomy
     spots = [
         spot_of(name, place, anatomy, step.spans, step.behind)
         for name, place in anatomy.places.items()
     ]
-    for key, given in step.settings.items():
-        several = given if isinstance(given, tuple) else (given,)
-        rules = [rule for setting in several if setting is not None for rule in rules_in(setting)]
-        for condition in dict.fromkeys(r.condition for r in rules if not any(map(r.fits, spots))):
+    for key, every in rules.items():
+        for condition in dict.fromkeys(r.condition for r in every if not any(map(r.fits, spots))):
             where = document.where(_place_of(document, step, key, condition))
             yield f"{where}: {key}: no tensor fits {condition!r}"
 

@@ -134,8 +134,8 @@ def _inside(setting: Rules | Layered) -> list[Setting]:
 def number_of(setting: Setting) -> Number | None:
     """The number that it is for every tensor, if it is one."""
     if isinstance(setting, Layered) and len(setting.spans) < 2:
-        first = [*(s for several in setting.spans.values() for s in several), *setting.settings][:1]
-        return number_of(first[0]) if first else None
+        inside = _inside(setting)
+        return number_of(inside[0]) if inside else None
     return setting.value if isinstance(setting, Constant) else None
 
 
