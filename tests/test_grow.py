@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -573,6 +574,10 @@ def test_what_loads_by_the_code_beside_the_shards_says_so(tmp_path: Path):
     assert write(uneven, tmp_path / "uneven").record["notes"] == [told]
     again = grow(open_checkpoint(tmp_path / "uneven"), layers="1,2", width=uneven_width(uneven))
     assert write(again, tmp_path / "even").record["notes"] == []
+    own = replace(base, config={**base.config, "auto_map": {"AutoModel": "code.Theirs"}})
+    write(own, tmp_path / "own")
+    cards = [(tmp_path / name / "README.md").read_text() for name in ("uneven", "even", "own")]
+    assert ["trust_remote_code" in card for card in cards] == [True, False, False]
 
 
 def uneven_width(checkpoint: Checkpoint) -> int:

@@ -73,6 +73,15 @@ def same(made: Path, wanted: Path) -> None:
     assert others(made) == others(wanted)
 
 
+def test_what_only_our_code_loads_is_said(make_model: Make, tmp_path: Path) -> None:
+    steps = "steps: {g: {grow: {model: base, factor: 2, layers: '0', verify: false}}}"
+    path = recipe(tmp_path, steps, base=make_model())
+    told = "note: g: layers differ in MLP width: load it with trust_remote_code=True"
+    assert told in done("run", path, "-o", tmp_path / "out").stderr.splitlines()
+    as_json = done("run", path, "-o", tmp_path / "again", "--json").stdout
+    assert json.loads(as_json)["notes"] == [told.removeprefix("note: g: ")]
+
+
 @pytest.fixture
 def family(make_model: Make, tmp_path: Path) -> dict[str, Path]:
     """A base and two fine-tunes, in bfloat16, with a file that travels."""
