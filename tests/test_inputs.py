@@ -355,6 +355,7 @@ def test_models_that_take_different_inputs_say_so():
     ("options", "message"),
     [
         ({"device": "gpu"}, "device is 'gpu', and has to be 'auto', 'cpu', 'cuda' or 'mps'"),
+        ({"device": "cuda:1"}, "device is 'cuda:1', and has to be 'auto', 'cpu', 'cuda' or 'mps'"),
         ({"dtype": "bfloat16"}, "dtype is 'bfloat16', and has to be 'float32' or 'float64'"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -13,6 +12,7 @@ from surgery.errors import ArgumentError, UnsupportedError
 from surgery.untrusted import brief
 
 VerifyDtype = Literal["float32", "float64"]
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 BESIDE_WEIGHTS = 600_000_000
 """Bytes that verification takes beside weights: libraries, activations, buffers."""
@@ -58,7 +58,7 @@ def _pick_device(device: str, dtype: VerifyDtype) -> str:
 
     if dtype not in get_args(VerifyDtype):
         raise ArgumentError(f"dtype is {dtype!r}, and has to be 'float32' or 'float64'")
-    if device not in ("auto", "cpu", "mps") and not re.fullmatch(r"cuda(:\d+)?", device):
+    if device not in DEVICES:  # of several GPUs CUDA_VISIBLE_DEVICES chooses one
         raise ArgumentError(f"device is {device!r}, and has to be 'auto', 'cpu', 'cuda' or 'mps'")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if device == "auto":
