@@ -46,6 +46,7 @@ from surgery import (
     Checkpoint,
     Edit,
     FormatError,
+    InputError,
     LazyTensor,
     OutputError,
     SurgeryError,
@@ -978,6 +979,18 @@ def test_companions_and_config_byte_for_byte(raw_checkpoint: Raw, tmp_path: Path
         assert found.pop(name) == files[name], name
     assert found.pop("surgery.json") != files["surgery.json"]
     assert sorted(found) == ["README.md", "model.safetensors"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux has it")
+def test_a_companion_that_cannot_be_read_is_the_input_s_fault(
+    checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    """The first bytes of a process are nobody's: reading them is an error of the device."""
+    broken = checkpoint.source.path / "added_tokens.json"
+    broken.symlink_to("/proc/self/mem")
+    with pytest.raises(InputError, match=f"^{broken} can't be read: Input/output error"):
+        write(replace(checkpoint, companions={"added_tokens.json": broken}), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_companion_that_an_edit_made(checkpoint: Checkpoint, tmp_path: Path) -> None:

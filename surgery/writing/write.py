@@ -3,7 +3,6 @@ several threads, while bytes that nobody touched are copied from file to file by
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -32,6 +31,8 @@ from surgery.writing.staging import Stage, check_target, publish, staged_bytes, 
 BLOCK_ELEMENTS = 1 << 19
 """Elements computed at a time: 2 MB in float32. Fewer, and threads wait for each other's turn in
 the interpreter; more, and what one operation leaves isn't in a cache any more for the next."""
+COPY_BYTES = 1 << 20
+"""Bytes of a companion that are copied at a time."""
 BARE_MEMORY, WITH_TORCH = 60_000_000, 250_000_000
 """Bytes that a Python process takes before it does anything, and one with torch in it."""
 COPY_BYTES = 1 << 26
@@ -334,7 +335,19 @@ def _write_small_files(layout: Plan, folder: Path, record: Mapping[str, Any]) ->
             if isinstance(content, bytes):
                 path.write_bytes(content)
             else:
-                shutil.copyfile(content, path)  # in pieces: a companion may be of any size
+                _copy(content, path)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy in pieces: a companion may be of any size. An error names the file that it is of, which
+    says whose fault it is; `shutil.copyfile` leaves out the one that can't be read."""
+    with open(source, "rb", buffering=0) as given, open(target, "wb") as made:
+        while True:
+            with naming(source):
+                block = given.read(COPY_BYTES)
+            if not block:
+                return
+            made.write(block)
 
 
 def _check_staged(layout: Plan, folder: Path) -> None:
